@@ -1,0 +1,6 @@
+"""Activity penalties: rules over what modules put out."""
+
+from ._api import Activity as Activity
+from ._api import activity as activity
+from ._api import penalize as penalize
+from ._api import sow as sow

@@ -1,0 +1,216 @@
+"""The public functions of activity penalties."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from jaxreg.penalties import Penalty
+from jaxreg.rules import Pattern, Rules
+from jaxreg.terms import Reduction, Terms, check_reduction, measure
+
+from . import _linen, _nnx
+from ._pass import Pass, current, join
+
+Value = TypeVar("Value")
+
+
+def activity(
+    rules: Mapping[Pattern, Penalty | None] | Mapping[str, Penalty | None],
+    *,
+    reduction: Reduction = "batch_mean",
+    mask: ArrayLike | None = None,
+    strict: bool = True,
+) -> "Activity":
+    r"""Return a transformation that penalizes what modules put out.
+
+    `activity(rules)(model.apply)(variables, x)` in Linen, and `activity(rules)(model)(x)` in NNX,
+    return `(out, terms)`: what the model returned, and a `Terms` of the penalties of its modules'
+    outputs. A penalty is computed at the module's output and only its moments are carried out, in
+    Linen's `intermediates` or a Variable of NNX's: no activation is stored.
+
+    A module's output is what its `__call__` returns; of several outputs, each floating-point array
+    counts. A module that is called twice counts twice, a shared module under its first path. A path
+    also names a value that the module sows (`encoder/code`).
+
+    For an output of shape (B, ..., D), Σ running over all its entries, a separable penalty gives
+
+    $$ \frac{s}{N} \sum_i \varphi(x_i), \qquad
+       N = B,\quad 1,\quad B \cdots D,\quad \text{or}\quad B \cdots $$
+
+    for the reductions `"batch_mean"` (Keras from 3.14 on; 1 at rank 0), `"sum"` (Keras up to 3.13),
+    `"mean"` and `"token_mean"` (all axes but the last). A `Statistic` penalty averages over
+    examples itself and is not divided again.
+
+    Args:
+        rules: an ordered mapping from a pattern over module paths to a penalty, or to None, which
+            exempts; the first rule that matches wins. Paths are names joined by "/", and "." is the
+            top module. A pattern is as in `jaxreg.kernel`.
+        reduction: what a separable penalty is divided by.
+        mask: booleans of the shape of all axes but the last of every penalized output: the tokens
+            that count. `"mean"` and `"token_mean"` divide by how many do.
+        strict: whether a rule that wins nothing in a forward pass is an error.
+
+    Returns:
+        An `Activity`: call it with a bound Linen `apply`, an NNX module, a bound method of one, or
+        any function that calls Linen modules outside of lifted transformations.
+
+    Raises:
+        TypeError: for a rule's value that is neither a penalty nor None.
+        ValueError: for an unknown reduction.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import flax.linen as nn
+        >>> import jaxreg as jr
+        >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((3, 5)))
+        >>> forward = jr.activity({"layers_0": jr.L1(1e-3)})(model.apply)
+        >>> y, terms = forward(variables, jnp.ones((3, 5)))
+        >>> y.shape, list(terms)
+        ((3, 2), ['layers_0'])
+    """
+    if isinstance(rules, Penalty):
+        raise TypeError(
+            "`jaxreg.activity` takes rules from module paths to penalties; got a bare penalty."
+            f' To penalize the top module\'s own output, pass {{".": {rules!r}}}.'
+        )
+    for pattern, penalty in rules.items():
+        if not (penalty is None or isinstance(penalty, Penalty)):
+            raise TypeError(
+                f"`jaxreg.activity` takes penalties, or None for an exempt module; got {penalty!r}"
+                f" for {pattern!r}."
+            )
+    check_reduction(reduction)
+    return Activity(
+        Rules.from_mapping(rules, strict=strict, owner="jaxreg.activity"), reduction, mask
+    )
+
+
+_tokens = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activity:
+    """A transformation of a forward pass; made by `jaxreg.activity`.
+
+    Args:
+        rules: the rules, whose values are penalties or None.
+        reduction: what a separable penalty is divided by.
+        mask: None, or the tokens that count.
+    """
+
+    rules: Rules
+    reduction: Reduction
+    mask: ArrayLike | None
+    _token: str = dataclasses.field(
+        default_factory=lambda: f"jaxreg_{next(_tokens)}", init=False, repr=False
+    )
+
+    def __call__(self, forward: Callable[..., Any]) -> Callable[..., tuple[Any, Terms]]:
+        """Return the forward pass that returns `(out, terms)`.
+
+        Its errors name the mend: a ValueError for a rule that wins nothing and for a term that a
+        transformation inside the model would drop.
+        """
+        run: Callable[..., tuple[Any, Any]]
+        if _nnx.module_of(forward) is not None:
+            run = functools.partial(_nnx.run_module, token=self._token)
+        elif _linen.is_apply(forward):
+            run = functools.partial(_linen.run_apply, token=self._token)
+        else:
+            run = _linen.run_function
+
+        @functools.wraps(forward, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+        def penalized(*args: Any, **kwargs: Any) -> tuple[Any, Terms]:
+            new_pass = functools.partial(Pass, self.rules, self.reduction, self.mask)
+            out, measured = run(forward, new_pass, args=args, kwargs=kwargs)
+            return out, Terms(measured)
+
+        return penalized
+
+
+def penalize(
+    x: ArrayLike,
+    penalty: Penalty,
+    *,
+    reduction: Reduction = "batch_mean",
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """Return the penalty of one activation: the arithmetic of `jaxreg.activity` for one array.
+
+    For code whose modules are neither Linen's nor NNX's.
+
+    Args:
+        x: the activation, (batch, ..., features).
+        penalty: the penalty.
+        reduction: what a separable penalty is divided by; see `jaxreg.activity`.
+        mask: booleans of the shape of all axes of `x` but the last: the tokens that count.
+
+    Returns:
+        A scalar, in float32 or, for float64 input, float64. 0 for an empty batch.
+
+    Raises:
+        TypeError: for integer input.
+        ValueError: for an unknown reduction, or a mask of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> x = jnp.ones((4, 10))
+        >>> [float(jr.penalize(x, jr.L1(1.0), reduction=r)) for r in ("batch_mean", "sum", "mean")]
+        [10.0, 40.0, 1.0]
+    """
+    return measure(jnp.asarray(x), penalty, reduction, mask).value
+
+
+def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty) -> Value:
+    """Penalize a value inside a module, and return it.
+
+    For a value that is no module's output. Its path is the module's and the name
+    (`encoder/code`); a rule of the surrounding `jaxreg.activity` that matches the path replaces
+    the penalty. Without a surrounding `jaxreg.activity`, and in `init`, it does nothing.
+
+    Args:
+        module: the module that is running: `self`.
+        name: a name for the value.
+        value: an array, or a pytree of which each floating-point leaf counts.
+        penalty: the penalty.
+
+    Returns:
+        `value`.
+
+    Raises:
+        ValueError: where a transformation around the module would drop the term.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import flax.linen as nn
+        >>> import jaxreg as jr
+        >>> class Encoder(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return jr.sow(self, "code", nn.relu(nn.Dense(4)(x)), jr.L1(1e-3))
+        >>> variables = Encoder().init(jax.random.key(0), jnp.ones((3, 5)))
+        >>> code, terms = jr.activity({})(Encoder().apply)(variables, jnp.ones((3, 5)))
+        >>> list(terms)
+        ['code']
+    """
+    run = current()
+    if run is None:
+        return value
+    if isinstance(module, nn.Module):
+        if module.is_initializing():
+            return value
+        path: Any = module.path
+    else:
+        path = _nnx.path_of(module)
+    run.record(module, join(*(path or ()), name), value, penalty)
+    return value

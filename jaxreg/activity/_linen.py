@@ -1,0 +1,168 @@
+"""Flax Linen: measure at the module's output, carry by `sow`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+from flax.core import FrozenDict, freeze
+from flax.core.scope import in_filter, union_filters
+from jax.extend.core import get_opaque_trace_state
+
+from ._pass import Measured, Pass, join, merge, under_way
+
+_COLLECTION = "intermediates"
+
+
+def is_apply(forward: Any) -> bool:
+    """Return whether this is the `apply` of a Linen module."""
+    return isinstance(getattr(forward, "__self__", None), nn.Module) and forward.__name__ == "apply"
+
+
+def run_apply(
+    forward: Any, new_pass: Callable[..., Pass], token: str, args: Any, kwargs: Any
+) -> tuple[Any, Measured]:
+    """Run a module's `apply`; measurements travel in its intermediates, under the token."""
+    variables = args[0] if args else kwargs["variables"]
+    before = variables.get(_COLLECTION, {})
+    wanted = kwargs.get("mutable", False)
+    if kwargs.get("capture_intermediates"):
+        wanted = union_filters(wanted, _COLLECTION)
+    # The token is also the name of a collection without variables: so it reaches the cache key of
+    # a nested `nn.jit`, which would replay a forward pass traced under other rules, or under none.
+    mutable = union_filters(wanted, [_COLLECTION, token])
+    run = new_pass(carry=partial(_sow, token), seen=_modules(variables))
+    with under_way(run), nn.intercept_methods(partial(_intercept, run)):
+        out, state = forward(*args, **{**kwargs, "mutable": mutable})
+    rest, measured = _take(state.get(_COLLECTION, {}), token)
+    if not kwargs.get("capture_intermediates"):
+        _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
+    measured = run.finish(measured)
+    if wanted is False:
+        return out, measured
+    kept = {name: state[name] for name in state if name != _COLLECTION}
+    if rest and in_filter(wanted, _COLLECTION):
+        kept[_COLLECTION] = rest
+    return (out, freeze(kept) if isinstance(state, FrozenDict) else kept), measured
+
+
+def run_function(
+    forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
+) -> tuple[Any, Measured]:
+    """Run any function that calls Linen modules; measurements are kept where they are made."""
+    here = _trace()
+    measured: Measured = {}
+
+    def keep(module: Any, more: Measured) -> None:
+        if _trace() != here:
+            raise ValueError(
+                f'`jaxreg.activity` cannot take the term "{join(*more)}" out of the transformation'
+                " around it. Give it the module's own `apply`, inside the transformation:"
+                " `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
+            )
+        measured.update(merge(measured, more))
+
+    run = new_pass(carry=keep)
+    with under_way(run), nn.intercept_methods(partial(_intercept, run)):
+        out = forward(*args, **kwargs)
+    return out, run.finish(measured)
+
+
+def _trace() -> Any:
+    return get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
+
+
+def _intercept(run: Pass, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Call a module's method, and measure what its `__call__` puts out."""
+    module = context.module
+    if module.scope is None:
+        return call(*args, **kwargs)
+    if module.is_initializing():
+        run.initialized[join(*module.path)] = None
+        return call(*args, **kwargs)
+    with _watched(run, module):
+        out = call(*args, **kwargs)
+    if context.method_name == "__call__":
+        run.record(module, join(*module.path), out)
+    return out
+
+
+@contextmanager
+def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
+    """Measure what the module itself sows. A bound module is a copy made for one forward pass."""
+    if "sow" in vars(module):
+        yield
+        return
+
+    def sow(col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
+        path = join(*module.path, name)
+        if col == _COLLECTION and run.penalty(path) is not None:
+            run.record(module, path, value)
+        return type(module).sow(module, col, name, value, *args, **kwargs)
+
+    object.__setattr__(module, "sow", sow)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "sow")
+
+
+def _sow(token: str, module: Any, measured: Measured) -> None:
+    """Carry measurements in the module's intermediates."""
+    if not nn.Module.sow(module, _COLLECTION, token, measured, reduce_fn=merge, init_fn=dict):
+        raise ValueError(
+            f'`jaxreg.activity` cannot carry the term "{join(*measured)}" out of the lifted'
+            ' transformation around it. Add "intermediates": 0 to its `variable_axes`, as in'
+            ' `nn.scan(..., variable_axes={"params": 0, "intermediates": 0})`; so for `nn.vmap`.'
+        )
+
+
+def _take(tree: Mapping[str, Any], token: str) -> tuple[dict[str, Any], Measured]:
+    """Split intermediates into what the user's model sowed and what was measured."""
+    rest: dict[str, Any] = {}
+    measured: Measured = dict(tree.get(token, {}))
+    for name in tree:
+        if name == token:
+            continue
+        child = tree[name]
+        if isinstance(child, Mapping):
+            child, more = _take(child, token)
+            measured = merge(measured, more)
+            if more and not child:
+                continue
+        rest[name] = child
+    return rest, measured
+
+
+def _modules(variables: Mapping[str, Any]) -> dict[str, None]:
+    """Return the paths of the modules that have variables."""
+    paths = dict.fromkeys([join()])
+
+    def visit(tree: Any, path: tuple[str, ...]) -> None:
+        if isinstance(tree, Mapping):
+            paths[join(*path)] = None
+            for name in tree:
+                visit(tree[name], (*path, name))
+
+    for collection in variables.values():
+        visit(collection, ())
+    return paths
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
+    for name in tree:
+        if isinstance(tree[name], Mapping):
+            yield from _leaves(tree[name], (*path, name))
+        else:
+            yield join(*path, name)
+
+
+def _require_measured(run: Pass, measured: Measured, sown: set[str]) -> None:
+    """Raise if a penalized value was sown where it could not be measured."""
+    for path in sown:
+        if run.penalty(path) is not None and path not in measured:
+            raise ValueError(
+                f'`jaxreg.activity` cannot measure "{path}": it is sown in a lifted method, where'
+                " `sow` cannot be seen. Use `jaxreg.sow` there."
+            )

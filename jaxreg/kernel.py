@@ -1,0 +1,228 @@
+"""Kernel penalties: rules over the leaves of a parameter tree."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from jaxreg.penalties import Penalty
+from jaxreg.rules import Pattern, Rules, names
+
+_KERNELS = re.compile(r"(.*/)?(kernel|embedding)")
+
+
+def kernel(
+    rules: Penalty | Mapping[Pattern, Penalty | None] | Mapping[str, Penalty | None],
+    *,
+    strict: bool = True,
+) -> "Kernel":
+    """Return a penalty of a parameter tree: a pure function of parameters to a scalar.
+
+    Args:
+        rules: an ordered mapping from a pattern over the leaves' paths to a penalty, or to None,
+            which exempts; the first rule that matches a leaf wins, and a leaf that no rule matches
+            is exempt. Paths are as `jax.tree_util.keystr(path, simple=True, separator="/")` gives
+            them. A pattern is a glob (`*` within a segment, `**` any number of segments), a
+            compiled regular expression, or a predicate of the path. A bare penalty means every
+            leaf named `kernel` or `embedding`: no biases, no norm scales.
+        strict: whether a rule that wins no leaf is an error.
+
+    Returns:
+        A `Kernel`, which is itself a pytree whose leaves are the strengths.
+
+    Raises:
+        TypeError: for a value that is neither a penalty nor None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> params = {"dense": {"kernel": jnp.array([[1.0, -3.0]]), "bias": jnp.array([9.0])}}
+        >>> kernel = jr.kernel({"**/kernel": jr.L2(0.5) + jr.L1(1.0)})
+        >>> float(kernel(params))
+        9.0
+        >>> print(kernel.describe(params))
+        leaf          shape   rule         penalty                         value
+        dense/bias    (1,)    -            exempt                          -
+        dense/kernel  (1, 2)  "**/kernel"  L2(strength=0.5) + L1(strength=1.0)  9
+        total                                                              9
+    """
+    mapping: Mapping[Any, Any] = {_KERNELS: rules} if isinstance(rules, Penalty) else rules
+    for pattern, penalty in mapping.items():
+        if not (penalty is None or isinstance(penalty, Penalty)):
+            raise TypeError(
+                f"`jaxreg.kernel` takes penalties, or None for an exempt leaf; got {penalty!r} for"
+                f" {pattern!r}."
+            )
+    return Kernel(Rules.from_mapping(mapping, strict=strict, owner="jaxreg.kernel"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A penalty of a parameter tree; made by `jaxreg.kernel`.
+
+    The tree is any pytree of arrays: a Linen dict or FrozenDict, an `nnx.State`, or another
+    library's module. Integer and bool leaves, PRNG keys, None and `optax.MaskedNode` are never
+    penalized.
+
+    Args:
+        rules: the rules, whose values are penalties or None.
+    """
+
+    rules: Rules
+
+    def __call__(self, params: Any) -> jax.Array:
+        """Return the sum of the penalties of all leaves.
+
+        Args:
+            params: a pytree of arrays.
+
+        Returns:
+            A scalar in float32, or in float64 where a penalized leaf is float64. 0 for an empty
+            tree.
+
+        Raises:
+            ValueError: for a rule that wins nothing (unless `strict=False`), or a leaf whose rank
+                or axes its penalty cannot take.
+            TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
+                leaf whose penalty has no modulus.
+        """
+        return sum(
+            (leaf.penalty(leaf.value) for leaf in self._match(params).leaves if leaf.penalty),
+            start=jnp.float32(0),
+        )
+
+    def gradient(self, params: Any) -> Any:
+        """Return d(penalty)/d(params), zero on exempt leaves, in the tree and dtypes of `params`.
+
+        Under `jit` the value is not computed.
+        """
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return self.map(lambda penalty, leaf, _: penalty.gradient(leaf), params, zeros)
+
+    def prox(self, params: Any, step: ArrayLike) -> Any:
+        """Return each leaf's proximal operator with this step; exempt leaves as they are.
+
+        Raises:
+            NotImplementedError: where a penalty has no closed-form proximal operator.
+        """
+        return self.map(lambda penalty, leaf: penalty.prox(leaf, step), params)
+
+    def map(self, function: Callable[..., Any], params: Any, *others: Any) -> Any:
+        """Map over the penalized leaves.
+
+        Args:
+            function: called as `function(penalty, leaf, *other_leaves)`.
+            params: the tree that the rules are matched against.
+            others: trees of the structure of `params`.
+
+        Returns:
+            A tree of the structure of `params`. Leaves that are not penalized come from the last
+            of the trees.
+        """
+        match = self._match(params)
+        columns = [match.treedef.flatten_up_to(other) for other in others]
+        rows = zip(match.leaves, *columns, strict=True)
+        mapped = [
+            function(leaf.penalty, leaf.value, *rest) if leaf.penalty else (leaf.value, *rest)[-1]
+            for leaf, *rest in rows
+        ]
+        return match.treedef.unflatten(mapped)
+
+    def describe(self, params: Any) -> str:
+        """Return a table, to be printed: each leaf's path, shape, rule, penalty and value."""
+        rows = [("leaf", "shape", "rule", "penalty", "value")]
+        for leaf in self._match(params).leaves:
+            rule = "-" if leaf.rule is None else self.rules.name(leaf.rule)
+            penalty, value = "exempt", "-"
+            if leaf.penalty:
+                penalty, value = repr(leaf.penalty), f"{float(leaf.penalty(leaf.value)):.6g}"
+            rows.append((leaf.path, str(jnp.shape(leaf.value)), rule, penalty, value))
+        rows.append(("total", "", "", "", f"{float(self(params)):.6g}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def _match(self, params: Any) -> "_Match":
+        values, treedef = jax.tree.flatten(params, is_leaf=_is_absent)
+        paths = _paths(params)
+        leaves = [
+            self._leaf(path, value, self.rules.find(path))
+            for path, value in zip(paths, values, strict=True)
+        ]
+        if leaves:
+            won = {
+                leaf.rule
+                for leaf in leaves
+                if leaf.rule is not None and (leaf.penalty or self.rules.values[leaf.rule] is None)
+            }
+            self.rules.require_wins(
+                won,
+                paths,
+                what="leaves of the parameter tree",
+                otherwise="which is not a floating-point array",
+            )
+        return _Match(leaves, treedef)
+
+    def _leaf(self, path: str, value: Any, rule: int | None) -> "_Leaf":
+        penalty = None if rule is None else self.rules.values[rule]
+        if penalty is None or rule is None:
+            return _Leaf(path, value, rule, None)
+        if not _is_penalizable(value):
+            if names(self.rules.patterns[rule], path):
+                raise TypeError(
+                    f'`jaxreg.kernel` cannot penalize "{path}": it takes floating-point arrays,'
+                    f" and this leaf is {_kind(value)}. Drop the rule {self.rules.name(rule)}."
+                )
+            return _Leaf(path, value, rule, None)
+        penalty.check(jnp.asarray(value), path)
+        return _Leaf(path, value, rule, penalty)
+
+
+class _Leaf(NamedTuple):
+    path: str
+    value: Any
+    rule: int | None
+    penalty: Penalty | None
+
+
+class _Match(NamedTuple):
+    leaves: list[_Leaf]
+    treedef: Any
+
+
+def _paths(params: Any) -> list[str]:
+    """Return each leaf's path; a box around an array (a Variable, sharding metadata) adds none."""
+    boxed, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: _is_absent(node) or _is_box(node)
+    )
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, node in boxed
+        for _ in jax.tree.leaves(node, is_leaf=_is_absent)
+    ]
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nnx.Variable | flax.core.meta.AxisMetadata)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _is_penalizable(value: Any) -> bool:
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _kind(value: Any) -> str:
+    return f"of dtype {value.dtype}" if hasattr(value, "dtype") else f"a {type(value).__name__}"

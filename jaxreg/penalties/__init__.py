@@ -1,0 +1,11 @@
+"""Penalties: differentiable maps from one array to one scalar."""
+
+from ._base import Penalty as Penalty
+from ._base import Separable as Separable
+from ._base import Statistic as Statistic
+from ._base import Sum as Sum
+from ._group import GroupLasso as GroupLasso
+from ._separable import L1 as L1
+from ._separable import L1L2 as L1L2
+from ._separable import L2 as L2
+from ._statistic import KLSparsity as KLSparsity

@@ -1,0 +1,323 @@
+"""What a penalty is, and the two shapes that most penalties have."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def static(**kwargs: Any) -> Any:
+    """Declare a keyword-only field that is part of the pytree's structure, not a leaf."""
+    return dataclasses.field(kw_only=True, metadata={"static": True}, **kwargs)
+
+
+def _register(cls: type) -> None:
+    """Make a dataclass a pytree."""
+    fields = dataclasses.fields(cls)
+    leaves = [f.name for f in fields if not f.metadata.get("static")]
+    settings = [f.name for f in fields if f.metadata.get("static")]
+
+    def flatten_with_keys(penalty: Any) -> tuple[Any, Any]:
+        keyed = [(jax.tree_util.GetAttrKey(n), getattr(penalty, n)) for n in leaves]
+        return keyed, tuple(getattr(penalty, n) for n in settings)
+
+    def unflatten(values: Any, children: Any) -> Any:
+        # The leaves may be stacked, abstract or placeholders, which `__post_init__` refuses.
+        penalty: Any = object.__new__(cls)
+        for name, value in zip((*leaves, *settings), (*children, *values), strict=True):
+            object.__setattr__(penalty, name, value)
+        return penalty
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+class Penalty(abc.ABC):
+    r"""A non-negative strength times a real function of one array.
+
+    A subclass becomes a frozen dataclass and a pytree by being defined. Its fields are leaves,
+    except those declared by `static`. The strength is a leaf and the first field, so that it can be
+    traced, scheduled, vmapped over and differentiated, and changing it never recompiles.
+
+    A penalty is defined by its `moments`, sums over the array that add up across microbatches and
+    devices, and by `finish`, which turns them into the value:
+
+    $$ R(x) = \mathrm{finish}(\mathrm{moments}(x)) $$
+
+    Implement `Separable` or `Statistic` where the penalty has that shape. Any other penalty
+    subclasses `Penalty` and implements `moments` as its value for a strength of one.
+    """
+
+    strengths: ClassVar[tuple[str, ...]] = ("strength",)
+    """The fields that the value is linear in."""
+
+    takes_complex: ClassVar[bool] = False
+    """Whether the formula is defined on the modulus of complex entries."""
+
+    quadratic: ClassVar[bool] = False
+    r"""Whether the value is exactly strength · ‖x‖²."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own_repr = "__repr__" in vars(cls)
+        dataclasses.dataclass(frozen=True, repr=not own_repr)(cls)
+        _register(cls)
+
+    def __post_init__(self) -> None:
+        for name in self.strengths:
+            self._require(name, "a finite, non-negative scalar", lambda s: 0 <= s < math.inf)
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Return the value at `x`.
+
+        Args:
+            x: a floating-point array of any shape the penalty takes.
+
+        Returns:
+            A scalar, added up in float32, or in float64 for float64 input. 0 for an array of size
+            0. An inf or NaN in `x` propagates.
+
+        Raises:
+            TypeError: for integer input, or complex input where the formula has no modulus.
+            ValueError: for a rank or an axis that the penalty cannot take.
+        """
+        x = jnp.asarray(x)
+        self.check(x)
+        return self.finish(self.moments(accumulable(x)), None)
+
+    def gradient(self, x: ArrayLike) -> jax.Array:
+        """Return dR/dx, of the shape and dtype of `x`, in the convention of `jax.grad`.
+
+        At kinks and at zero it is the subgradient 0. Under `jit` the value is not computed.
+        """
+        gradient: jax.Array = jax.grad(self.__call__)(jnp.asarray(x))
+        return gradient
+
+    def prox(self, x: ArrayLike, step: ArrayLike) -> jax.Array:
+        r"""Return the proximal operator, of the shape and dtype of `x`.
+
+        $$ \mathrm{prox}(x, t) = \arg\min_z \tfrac12 \lVert z - x\rVert^2 + t\,R(z) $$
+
+        Args:
+            x: the point.
+            step: t ≥ 0, a scalar (for separable penalties, anything that broadcasts to `x`).
+
+        Raises:
+            NotImplementedError: where no closed form is known.
+        """
+        x = jnp.asarray(x)
+        self.check(x)
+        wide = accumulable(x)
+        return self._prox(wide, jnp.asarray(step, real_dtype(wide))).astype(x.dtype)
+
+    @abc.abstractmethod
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> Any:
+        """Return a pytree of arrays that add up across microbatches and devices.
+
+        Args:
+            x: the array, in its accumulation dtype; entries that `where` leaves out are 0.
+            where: None, or booleans that broadcast to `x`: the entries that count.
+        """
+
+    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+        """Return the value from the moments.
+
+        Args:
+            moments: what `moments` returned, or a sum of such.
+            count: what the value is divided by, or None. A count of 0 (an empty batch) gives 0.
+        """
+        return divide(jnp.asarray(getattr(self, "strength"), moments.dtype) * moments, count)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        known = sorted(c.__name__ for c in _concrete(Penalty) if c._prox is not Penalty._prox)
+        raise NotImplementedError(
+            f"`jaxreg.{type(self).__name__}` has no closed-form proximal operator. Those that have"
+            f" one: {', '.join(known)}. Use its gradient instead (`jaxreg.add_penalty_gradient`)."
+        )
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        """Raise if the penalty cannot take an array of this dtype and shape; `name` names it."""
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            needs = "a floating-point array"
+        elif jnp.issubdtype(x.dtype, jnp.complexfloating) and not self.takes_complex:
+            needs = "a real array"
+        else:
+            return
+        raise TypeError(
+            f"`jaxreg.{type(self).__name__}` takes {needs}; got dtype {x.dtype} for"
+            f' "{name}" of shape {x.shape}.'
+        )
+
+    def __add__(self, other: "Penalty") -> "Sum":
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        return Sum(_terms(self) + _terms(other))
+
+    def __mul__(self, factor: ArrayLike) -> Self:
+        if isinstance(factor, Penalty):
+            return NotImplemented
+        scaled = {name: factor * getattr(self, name) for name in self.strengths}
+        return dataclasses.replace(self, **scaled)  # type: ignore[type-var]
+
+    __rmul__ = __mul__
+    # NumPy scalars and arrays must leave `factor * penalty` to this class.
+    __array_priority__: ClassVar[int] = 1000
+    __array_ufunc__: ClassVar[None] = None
+
+    def _require(self, field: str, what: str, holds: Any) -> None:
+        """Raise unless the field is traced, or a concrete real scalar for which `holds`."""
+        value = getattr(self, field)
+        if isinstance(value, jax.core.Tracer):
+            valid = value.shape == ()
+        else:
+            array = np.asarray(value)
+            real = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+            # bfloat16 and its kin are no subtypes of np.floating.
+            real = real or jnp.issubdtype(array.dtype, jnp.floating)
+            valid = array.shape == () and real and holds(float(array))
+        if not valid:
+            raise ValueError(
+                f"`jaxreg.{type(self).__name__}({field}=...)` must be {what}; got {value!r}."
+            )
+
+
+class Separable(Penalty):
+    r"""A penalty that is a sum of one function over the entries.
+
+    $$ R(x) = s \sum_i \varphi(x_i) $$
+
+    Since φ is elementwise, it and its derivative fuse into whatever produces or updates `x`.
+
+    Args:
+        strength: s.
+    """
+
+    strength: ArrayLike
+
+    @abc.abstractmethod
+    def phi(self, x: jax.Array) -> jax.Array:
+        """Return φ of each entry, a real array of the shape of `x`, without the strength."""
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        return jnp.sum(self.phi(x), where=where)
+
+
+class Statistic(Penalty):
+    r"""A penalty of means over examples.
+
+    $$ R(x) = s \cdot f\!\left(\tfrac1n \sum_{i=1}^{n} m(x_i)\right) $$
+
+    The last axis holds features, all others together are the n examples. The sums and n add up
+    across microbatches and devices, and f runs once, so that the value is that of the whole batch.
+    It averages over examples itself: no reduction divides it again.
+
+    Args:
+        strength: s.
+    """
+
+    strength: ArrayLike
+
+    @abc.abstractmethod
+    def sums(self, x: jax.Array, where: jax.Array | None) -> Any:
+        """Return Σ m(x_i): a pytree of arrays, summed over every axis of `x` but the last."""
+
+    @abc.abstractmethod
+    def of_means(self, means: Any) -> jax.Array:
+        """Return f, a scalar, given the sums divided by n; finite where they are all 0."""
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.atleast_1d(x)
+        if where is None:
+            examples = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
+        else:
+            examples = jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
+        return self.sums(x, where), examples
+
+    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+        sums, examples = moments
+        means = jax.tree.map(lambda s: s / jnp.maximum(examples, 1), sums)
+        value = jnp.asarray(self.strength, examples.dtype) * self.of_means(means)
+        return jnp.where(examples > 0, value, jnp.zeros_like(value))
+
+
+class Sum(Penalty):
+    """Several penalties of the same array, added up; what `p + q` returns.
+
+    Its prox is known where all but one of the terms are multiples of ‖x‖²:
+    prox of f + c‖·‖² with step t is prox of f at x / (1 + 2ct) with step t / (1 + 2ct)
+    (Parikh and Boyd, Proximal Algorithms, section 2.2, 2014).
+
+    Args:
+        terms: the penalties.
+    """
+
+    terms: tuple[Penalty, ...]
+
+    strengths: ClassVar[tuple[str, ...]] = ()
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        for term in self.terms:
+            term.check(x, name)
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, ...]:
+        return tuple(term.moments(x, where) for term in self.terms)
+
+    def finish(self, moments: tuple[Any, ...], count: jax.Array | None) -> jax.Array:
+        values = (term.finish(m, count) for term, m in zip(self.terms, moments, strict=True))
+        return sum(values, start=jnp.float32(0))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        others = [term for term in self.terms if not term.quadratic]
+        if len(others) > 1:
+            raise NotImplementedError(
+                f"`jaxreg.Sum` has a closed-form proximal operator only where at most one term is"
+                f" not an L2; got {self!r}. Split it into several `jaxreg.apply_prox`."
+            )
+        curvature = sum(
+            2 * step * getattr(term, "strength") for term in self.terms if term.quadratic
+        )
+        shrunk = x / (1 + curvature)
+        return others[0]._prox(shrunk, step / (1 + curvature)) if others else shrunk
+
+    def __mul__(self, factor: ArrayLike) -> "Sum":
+        return Sum(tuple(term * factor for term in self.terms))
+
+    __rmul__ = __mul__
+
+
+def accumulable(x: jax.Array) -> jax.Array:
+    """Widen to the dtype in which penalties are added up: at least single precision."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def real_dtype(x: jax.Array) -> Any:
+    """Return the dtype of the modulus of `x`."""
+    return jnp.real(x).dtype
+
+
+def divide(total: jax.Array, count: jax.Array | None) -> jax.Array:
+    """Return total / count; the total itself for None, and 0 for a count of 0."""
+    if count is None:
+        return total
+    count = jnp.asarray(count, total.dtype)
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.zeros_like(total))
+
+
+def _terms(penalty: Penalty) -> tuple[Penalty, ...]:
+    return penalty.terms if isinstance(penalty, Sum) else (penalty,)
+
+
+def _concrete(cls: Any) -> Iterator[type[Penalty]]:
+    for subclass in cls.__subclasses__():
+        if not subclass.__abstractmethods__:
+            yield subclass
+        yield from _concrete(subclass)

@@ -1,0 +1,140 @@
+"""Penalties that are a sum of one function over the entries."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ._base import Penalty, Separable, divide
+
+
+class L1(Separable):
+    r"""The sum of absolute values (lasso).
+
+    $$ R(x) = s \sum_i |x_i| $$
+
+    Args:
+        strength: s, a non-negative scalar.
+
+    Gradient:
+        s · sign(x), and 0 at 0. Complex entries count by their modulus.
+
+    Prox:
+        Soft thresholding, sign(x) · max(|x| − t·s, 0): exact zeros.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.L1(0.5)(jnp.array([1.0, -3.0])))
+        2.0
+        >>> jr.L1(0.5).prox(jnp.array([1.0, -0.25]), step=1.0).tolist()
+        [0.5, 0.0]
+
+    References:
+        Tibshirani, Regression shrinkage and selection via the lasso, JRSS B 58(1), 1996.
+    """
+
+    takes_complex: ClassVar[bool] = True
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        return jnp.abs(x)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        return _soft_threshold(x, step * self.strength)
+
+
+class L2(Separable):
+    r"""The sum of squares (ridge), as in Keras: no factor ½.
+
+    $$ R(x) = s \sum_i |x_i|^2 $$
+
+    PyTorch's `weight_decay=λ` adds λ·x to the gradient, which is that of `L2(λ / 2)`.
+
+    Args:
+        strength: s, a non-negative scalar.
+
+    Gradient:
+        2·s·x. Complex entries count by their modulus.
+
+    Prox:
+        x / (1 + 2·t·s).
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.L2(0.5)(jnp.array([1.0, -3.0])))
+        5.0
+        >>> jr.L2(0.5).gradient(jnp.array([1.0, -3.0])).tolist()
+        [1.0, -3.0]
+
+    References:
+        Hoerl and Kennard, Ridge regression, Technometrics 12(1), 1970.
+    """
+
+    takes_complex: ClassVar[bool] = True
+    quadratic: ClassVar[bool] = True
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        return jnp.real(x * jnp.conj(x))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        return x / (1 + 2 * step * self.strength)
+
+
+class L1L2(Penalty):
+    r"""Absolute values and squares, each with its own strength (elastic net), as in Keras.
+
+    $$ R(x) = l_1 \sum_i |x_i| + l_2 \sum_i |x_i|^2 $$
+
+    Args:
+        l1: the strength of the absolute values, a non-negative scalar.
+        l2: the strength of the squares, a non-negative scalar.
+
+    Gradient:
+        l1 · sign(x) + 2·l2·x, and 0 at 0. Complex entries count by their modulus.
+
+    Prox:
+        Soft thresholding by t·l1, divided by 1 + 2·t·l2.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.L1L2(l1=1.0, l2=0.5)(jnp.array([1.0, -3.0])))
+        9.0
+
+    References:
+        Zou and Hastie, Regularization and variable selection via the elastic net, JRSS B 67(2),
+        2005.
+    """
+
+    l1: ArrayLike
+    l2: ArrayLike
+
+    strengths: ClassVar[tuple[str, ...]] = ("l1", "l2")
+    takes_complex: ClassVar[bool] = True
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        return L1(1).moments(x, where), L2(1).moments(x, where)
+
+    def finish(self, moments: tuple[jax.Array, jax.Array], count: jax.Array | None) -> jax.Array:
+        absolute, square = moments
+        l1, l2 = jnp.asarray(self.l1, square.dtype), jnp.asarray(self.l2, square.dtype)
+        return divide(l1 * absolute + l2 * square, count)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        return _soft_threshold(x, step * self.l1) / (1 + 2 * step * self.l2)
+
+
+def _soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:
+    # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
+    return jnp.where(jnp.abs(x) <= threshold, 0, x - threshold * jnp.sign(x))

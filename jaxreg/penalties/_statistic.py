@@ -1,0 +1,60 @@
+"""Penalties of means over examples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ._base import Statistic
+
+
+class KLSparsity(Statistic):
+    r"""The divergence of each unit's mean activation from a target, for sparse sigmoid codes.
+
+    $$ R(a) = s \sum_j \rho \log\frac{\rho}{\hat\rho_j}
+              + (1 - \rho) \log\frac{1 - \rho}{1 - \hat\rho_j},
+       \qquad \hat\rho_j = \tfrac1n \sum_{i=1}^n a_{ij} $$
+
+    ρ̂_j is taken over every axis but the last. It is clipped to [ε, 1 − ε], ε the machine epsilon of
+    the accumulation dtype.
+
+    Args:
+        strength: s, a non-negative scalar.
+        target: ρ, the mean activation wanted, in (0, 1). A leaf, like the strength.
+
+    Gradient:
+        s · (−ρ/ρ̂_j + (1 − ρ)/(1 − ρ̂_j)) / n, and 0 where ρ̂_j is clipped: activations must lie in
+        (0, 1), as a sigmoid's do.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
+            concrete target outside (0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> codes = jnp.array([[0.1, 0.9], [0.3, 0.9]])     # means 0.2 and 0.9
+        >>> round(float(jr.KLSparsity(1.0, target=0.2)(codes)), 4)
+        1.3627
+
+    References:
+        Ng, Sparse autoencoder, CS294A lecture notes, 2011.
+    """
+
+    target: ArrayLike = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("target", "a scalar between 0 and 1", lambda rho: 0 < rho < 1)
+
+    def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)), where=where)
+
+    def of_means(self, means: jax.Array) -> jax.Array:
+        epsilon = float(jnp.finfo(means.dtype).eps)  # type: ignore[no-untyped-call]
+        mean = jnp.clip(means, epsilon, 1 - epsilon)
+        rho = jnp.asarray(self.target, means.dtype)
+        on = rho * (jnp.log(rho) - jnp.log(mean))
+        off = (1 - rho) * (jnp.log1p(-rho) - jnp.log1p(-mean))
+        return jnp.sum(on + off)
