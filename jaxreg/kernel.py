@@ -48,10 +48,10 @@ def kernel(
         >>> float(kernel(params))
         9.0
         >>> print(kernel.describe(params))
-        leaf          shape   rule         penalty                         value
-        dense/bias    (1,)    -            exempt                          -
+        leaf          shape   rule         penalty                              value
+        dense/bias    (1,)    -            exempt                               -
         dense/kernel  (1, 2)  "**/kernel"  L2(strength=0.5) + L1(strength=1.0)  9
-        total                                                              9
+        total                                                                   9
     """
     mapping: Mapping[Any, Any] = {_KERNELS: rules} if isinstance(rules, Penalty) else rules
     for pattern, penalty in mapping.items():

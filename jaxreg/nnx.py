@@ -28,7 +28,9 @@ class ActivityRegularization(nnx.Module):
     """
 
     def __init__(self, penalty: Penalty):
-        self.penalty = penalty
+        # An array must be data to NNX; numbers stay out of the module's state.
+        arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(penalty))
+        self.penalty = nnx.data(penalty) if arrays else penalty
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""

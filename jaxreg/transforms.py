@@ -51,8 +51,8 @@ def add_penalty_gradient(
         >>> tx = optax.chain(jr.add_penalty_gradient(jr.kernel(jr.L2(0.5))), optax.sgd(0.1))
         >>> zero = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
         >>> updates, _ = tx.update(zero, tx.init(params), params)
-        >>> round(float(updates["kernel"][0]), 3), float(updates["bias"][0])
-        (-0.2, 0.0)
+        >>> round(float(updates["kernel"][0]), 3), bool(updates["bias"][0] == 0)
+        (-0.2, True)
 
     References:
         Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101, 2019.

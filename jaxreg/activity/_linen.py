@@ -163,6 +163,6 @@ def _require_measured(run: Pass, measured: Measured, sown: set[str]) -> None:
     for path in sown:
         if run.penalty(path) is not None and path not in measured:
             raise ValueError(
-                f'`jaxreg.activity` cannot measure "{path}": it is sown in a lifted method, where'
-                " `sow` cannot be seen. Use `jaxreg.sow` there."
+                f'`jaxreg.activity` cannot measure "{path}": it is sown from outside of the methods'
+                " of its module. Use `jaxreg.sow` there."
             )

@@ -1,0 +1,346 @@
+import threading
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxreg as jr
+
+X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return jr.sow(self, "code", nnx.relu(self.dense(x)), jr.L1(1.0))
+
+
+class Autoencoder(nnx.Module):
+    def __init__(self, rngs):
+        self.encoder = Encoder(rngs)
+        self.decoder = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.decoder(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+@pytest.fixture
+def model():
+    return Autoencoder(nnx.Rngs(0))
+
+
+def test_value_and_gradient_equal_a_handwritten_loss(model):
+    def ours(model):
+        y, terms = jr.activity({"encoder/dense": jr.L2(0.5)})(model)(X)
+        return jnp.mean((y - X) ** 2) + terms.total
+
+    def theirs(model):
+        h = model.encoder.dense(X)
+        y = model.decoder(nnx.relu(h))
+        penalty = 0.5 * jnp.sum(h**2) + jnp.sum(nnx.relu(h))
+        return jnp.mean((y - X) ** 2) + penalty / 4
+
+    chex.assert_trees_all_close(
+        nnx.jit(nnx.value_and_grad(ours))(model), nnx.value_and_grad(theirs)(model), rtol=1e-5
+    )
+
+
+def test_returns_what_the_module_returned(model):
+    y, terms = jr.activity({"encoder": jr.L1(1.0), ".": jr.L2(1.0)})(model)(X)
+    chex.assert_trees_all_equal(y, model(X))
+    assert sorted(terms) == [".", "encoder", "encoder/code"]
+
+
+def test_a_bound_method(model):
+    h, terms = jr.activity({"encoder": jr.L1(1.0)})(model.encode)(X)
+    chex.assert_trees_all_equal(h, model.encode(X))
+    np.testing.assert_allclose(terms["encoder"], jnp.sum(h) / 4, rtol=1e-6)
+
+
+def test_the_model_and_its_classes_are_untouched(model):
+    attributes, cls = dict(vars(model.encoder)), type(model.encoder)
+    methods = dict(vars(cls))
+    jr.activity({"**": jr.L1(1.0)})(model)(X)
+    assert type(model.encoder) is cls
+    assert dict(vars(cls)) == methods
+    assert vars(model.encoder).keys() == attributes.keys()
+    assert all(vars(model.encoder)[name] is value for name, value in attributes.items())
+
+
+def test_a_raising_model_leaves_no_trace(model):
+    class Raises(Autoencoder):
+        def __call__(self, x):
+            super().__call__(x)
+            raise RuntimeError("from the model")
+
+    raising = Raises(nnx.Rngs(0))
+    attributes, structure = dict(vars(raising.encoder)), nnx.graphdef(raising)
+    with pytest.raises(RuntimeError, match="from the model"):
+        jr.activity({"encoder": jr.L1(1.0)})(raising)(X)
+    assert nnx.graphdef(raising) == structure
+    assert vars(raising.encoder).keys() == attributes.keys()
+    chex.assert_trees_all_equal(jr.sow(raising, "x", X, jr.L1(1.0)), X)
+    chex.assert_trees_all_equal(model(X), super(Raises, raising).__call__(X))
+
+
+def test_another_thread_with_the_same_model_sees_nothing():
+    inside, leave, found = threading.Event(), threading.Event(), []
+
+    class Waits(Autoencoder):
+        def __call__(self, x):
+            if not inside.is_set():
+                inside.set()
+                leave.wait(10)
+            return super().__call__(x)
+
+    model = Waits(nnx.Rngs(0))
+
+    def other():
+        inside.wait(10)
+        model(X)
+        found.append(nnx.graphdef(model))
+        leave.set()
+
+    structure = nnx.graphdef(model)
+    thread = threading.Thread(target=other)
+    thread.start()
+    _, terms = jr.activity({"encoder": jr.L1(1.0)})(model)(X)
+    thread.join()
+    assert found == [structure]
+    np.testing.assert_allclose(terms["encoder"], jnp.sum(model.encoder(X)) / 4, rtol=1e-6)
+
+
+def test_variables_that_the_forward_pass_updates_are_the_models():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.calls = 0
+
+        def __call__(self, x):
+            self.calls = self.calls + 1
+            return self.dropout(self.norm(x))
+
+    plain, penalized = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    expected = plain(X)
+    y, _ = jr.activity({"norm": jr.L2(1.0)})(penalized)(X)
+    chex.assert_trees_all_equal(y, expected)
+    assert penalized.calls == 1
+    chex.assert_trees_all_equal(
+        *(nnx.to_pure_dict(nnx.state(model)) for model in (plain, penalized))
+    )
+
+
+class Sows(nnx.Module):
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "code", 2 * x)
+        return x
+
+
+def test_values_that_the_model_sows_have_paths_and_are_still_the_users():
+    model = Sows()
+
+    def penalized(model, x):
+        return jr.activity({"code": jr.L1(1.0)})(model)(x)
+
+    forward: Any = nnx.capture(penalized, nnx.Intermediate)
+    (_, terms), captured = forward(model, X)
+    np.testing.assert_allclose(terms["code"], 2 * jnp.sum(jnp.abs(X)) / 4, rtol=1e-6)
+    chex.assert_trees_all_equal(captured["code"].get_value(), (2 * X,))
+
+
+def test_inherited_call_and_shared_modules():
+    class Special(nnx.Linear):
+        pass
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = Special(3, 3, rngs=rngs)
+            self.second = self.first
+            self.plain = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.plain(self.second(self.first(x)))
+
+    model = Model(nnx.Rngs(0))
+    _, terms = jr.activity({"first": jr.L1(1.0)})(model)(X)
+    once = model.first(X)
+    expected = (jnp.sum(jnp.abs(once)) + jnp.sum(jnp.abs(model.first(once)))) / 4
+    np.testing.assert_allclose(terms["first"], expected, rtol=1e-6)
+    assert list(terms) == ["first"]
+
+
+def test_lists_and_sequentials_have_paths():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
+            self.head = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.relu)
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    _, terms = jr.activity({"blocks/*": jr.L1(1.0), "head/layers/0": jr.L1(1.0)})(
+        Model(nnx.Rngs(0))
+    )(X)
+    assert sorted(terms) == ["blocks/0", "blocks/1", "head/layers/0"]
+
+
+class Stack(nnx.Module):
+    """Three layers stacked on a leading axis, run in one of several ways."""
+
+    def __init__(self, rngs, run):
+        self.run = run
+        self.blocks = make_blocks(rngs)
+
+    def __call__(self, x):
+        return RUNS[self.run](self.blocks, x)
+
+
+@nnx.split_rngs(splits=3)
+@nnx.vmap(in_axes=0, out_axes=0)
+def make_blocks(rngs):
+    return nnx.Linear(3, 3, rngs=rngs)
+
+
+def call(x, block):
+    return jnp.tanh(block(x))
+
+
+def scanned(function, axes: Any = 0):
+    return nnx.scan(function, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
+
+
+def state_axes(stacked: Any) -> Any:
+    return nnx.StateAxes({stacked: 0, ...: None})
+
+
+def lax_scan(blocks, x):
+    graphdef, state = nnx.split(blocks)
+    return jax.lax.scan(lambda x, s: (call(x, nnx.merge(graphdef, s)), None), x, state)[0]
+
+
+RUNS = {
+    "scan": lambda blocks, x: scanned(call)(x, blocks),
+    "remat": lambda blocks, x: scanned(nnx.remat(call))(x, blocks),
+    "axes": lambda blocks, x: scanned(call, state_axes((nnx.Param, jr.nnx.PenaltyTerm)))(x, blocks),
+    "vmap": lambda blocks, x: nnx.vmap(call, in_axes=(None, 0))(x, blocks).sum(0),
+    "no_axis": lambda blocks, x: scanned(call, state_axes(nnx.Param))(x, blocks),
+    "lax_scan": lax_scan,
+}
+
+
+@pytest.mark.parametrize("run", ["scan", "remat", "axes", "vmap"])
+def test_lifted_layers_add_up(run):
+    def ours(model):
+        return jr.activity({"blocks": jr.L2(1.0)})(model)(X)[1].total
+
+    def theirs(model):
+        x, total = X, jnp.zeros(())
+        blocks = model.blocks
+        for kernel, bias in zip(blocks.kernel[...], blocks.bias[...], strict=True):
+            h = (X if run == "vmap" else x) @ kernel + bias
+            x, total = jnp.tanh(h), total + jnp.sum(h**2) / 4
+        return total
+
+    model = Stack(nnx.Rngs(0), run)
+    chex.assert_trees_all_close(
+        nnx.value_and_grad(ours)(model), nnx.value_and_grad(theirs)(model), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("run", ["no_axis", "lax_scan"])
+def test_a_transformation_that_would_drop_the_term_is_an_error(run):
+    forward = jr.activity({"blocks": jr.L2(1.0)})(Stack(nnx.Rngs(0), run))
+    with pytest.raises(ValueError, match=r'lost the term "blocks".*jaxreg.nnx.PenaltyTerm: 0'):
+        forward(X)
+
+
+def test_nested_jit_does_not_replay_another_trace():
+    @nnx.jit
+    def run(block, x):
+        return block(x)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.block = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return run(self.block, x)
+
+    model = Model(nnx.Rngs(0))
+    h = model(X)
+    for penalty, expected in [(jr.L1(1.0), jnp.sum(jnp.abs(h))), (jr.L2(1.0), jnp.sum(h**2))]:
+        forward = jr.activity({"block": penalty, ".": None})(model)
+        for _ in range(2):
+            np.testing.assert_allclose(forward(X)[1].total, expected / 4, rtol=1e-6)
+
+
+def test_sow_without_activity_does_nothing(model):
+    structure = nnx.graphdef(model)
+    chex.assert_trees_all_equal(model.encoder(X), nnx.relu(model.encoder.dense(X)))
+    assert nnx.graphdef(model) == structure
+
+
+def test_sow_in_a_module_outside_of_the_wrapped_one_is_an_error():
+    outsider = Encoder(nnx.Rngs(1))
+
+    class Model(nnx.Module):
+        def __call__(self, x):
+            return outsider(x)
+
+    with pytest.raises(ValueError, match=r'cannot carry the term "code".*not part'):
+        jr.activity({})(Model())(X)
+
+
+def test_sow_in_a_function_that_calls_nnx_modules(model):
+    _, terms = jr.activity({})(lambda x: model(x))(X)
+    np.testing.assert_allclose(terms["code"], jnp.sum(model.encoder(X)) / 4, rtol=1e-6)
+
+
+def test_a_rule_replaces_the_sown_penalty(model):
+    h = model.encoder(X)
+    terms = jr.activity({"encoder/code": jr.L2(3.0)})(model)(X)[1]
+    np.testing.assert_allclose(terms["encoder/code"], 3 * jnp.sum(h**2) / 4, rtol=1e-6)
+    assert jr.activity({"encoder/code": None})(model)(X)[1].as_dict() == {}
+
+
+@pytest.mark.parametrize("strength", [0.5, jnp.float32(0.5)], ids=["float", "array"])
+def test_activity_regularization_layer(strength):
+    layer = jr.nnx.ActivityRegularization(jr.L2(strength))
+    model = nnx.Sequential(nnx.relu, layer)
+    y, terms = nnx.jit(lambda m, x: jr.activity({})(m)(x))(model, X)
+    chex.assert_trees_all_equal(y, nnx.relu(X))
+    np.testing.assert_allclose(terms["layers/1/output"], 0.5 * jnp.sum(y**2) / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"encodr": jr.L1(1.0)}, r'"encodr" wins none of the .* Nearest: "encoder'),
+        ({"**": jr.L1(1.0), "encoder": jr.L2(1.0)}, r'earlier rule "\*\*" wins that'),
+    ],
+)
+def test_a_rule_that_wins_nothing_names_what_is_near(model, rules, message):
+    with pytest.raises(ValueError, match=message):
+        jr.activity(rules)(model)(X)
+
+
+def test_changing_a_strength_does_not_recompile(model):
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def total(model, strength):
+        return jr.activity({"encoder": jr.L1(strength), "**": None})(model)(X)[1].total
+
+    chex.clear_trace_counter()
+    np.testing.assert_allclose(total(model, 2.0), 2 * total(model, 1.0), rtol=1e-6)
