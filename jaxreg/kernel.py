@@ -1,7 +1,6 @@
 """Kernel penalties: rules over the leaves of a parameter tree."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,13 +12,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
-from jaxreg.rules import Pattern, Rules, names
-
-_KERNELS = re.compile(r"(.*/)?(kernel|embedding)")
+from jaxreg.rules import TOP, Rules, names
 
 
 def kernel(
-    rules: Penalty | Mapping[Pattern, Penalty | None] | Mapping[str, Penalty | None],
+    rules: Penalty | Mapping[Any, Penalty | None],
     *,
     strict: bool = True,
 ) -> "Kernel":
@@ -53,14 +50,13 @@ def kernel(
         dense/kernel  (1, 2)  "**/kernel"  L2(strength=0.5) + L1(strength=1.0)  9
         total                                                                   9
     """
-    mapping: Mapping[Any, Any] = {_KERNELS: rules} if isinstance(rules, Penalty) else rules
-    for pattern, penalty in mapping.items():
-        if not (penalty is None or isinstance(penalty, Penalty)):
-            raise TypeError(
-                f"`jaxreg.kernel` takes penalties, or None for an exempt leaf; got {penalty!r} for"
-                f" {pattern!r}."
-            )
-    return Kernel(Rules.from_mapping(mapping, strict=strict, owner="jaxreg.kernel"))
+    mapping: Any = {kernel_or_embedding: rules} if isinstance(rules, Penalty) else rules
+    return Kernel(Rules.of(mapping, Penalty, strict=strict, owner="jaxreg.kernel"))
+
+
+def kernel_or_embedding(path: str) -> bool:
+    """Return whether a leaf is one that a bare penalty means."""
+    return path.split("/")[-1] in ("kernel", "embedding")
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +100,8 @@ class Kernel:
 
         Under `jit` the value is not computed.
         """
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return self.map(lambda penalty, leaf, _: penalty.gradient(leaf), params, zeros)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x) if hasattr(x, "dtype") else x, params)
+        return self.map(lambda penalty, leaf: penalty.gradient(leaf), params, exempt=zeros)
 
     def prox(self, params: Any, step: ArrayLike) -> Any:
         """Return each leaf's proximal operator with this step; exempt leaves as they are.
@@ -113,28 +109,26 @@ class Kernel:
         Raises:
             NotImplementedError: where a penalty has no closed-form proximal operator.
         """
-        return self.map(lambda penalty, leaf: penalty.prox(leaf, step), params)
+        return self.map(lambda penalty, leaf: penalty.prox(leaf, step), params, exempt=params)
 
-    def map(self, function: Callable[..., Any], params: Any, *others: Any) -> Any:
+    def map(self, function: Callable[..., Any], params: Any, *others: Any, exempt: Any) -> Any:
         """Map over the penalized leaves.
 
         Args:
             function: called as `function(penalty, leaf, *other_leaves)`.
             params: the tree that the rules are matched against.
             others: trees of the structure of `params`.
+            exempt: a tree of the structure of `params`, from which all other leaves come.
 
         Returns:
-            A tree of the structure of `params`. Leaves that are not penalized come from the last
-            of the trees.
+            A tree of the structure of `params`.
         """
         match = self._match(params)
-        columns = [match.treedef.flatten_up_to(other) for other in others]
-        rows = zip(match.leaves, *columns, strict=True)
-        mapped = [
-            function(leaf.penalty, leaf.value, *rest) if leaf.penalty else (leaf.value, *rest)[-1]
-            for leaf, *rest in rows
-        ]
-        return match.treedef.unflatten(mapped)
+        columns = (match.treedef.flatten_up_to(tree) for tree in (exempt, *others))
+        return match.treedef.unflatten(
+            function(leaf.penalty, leaf.value, *rest) if leaf.penalty else default
+            for leaf, default, *rest in zip(match.leaves, *columns, strict=True)
+        )
 
     def describe(self, params: Any) -> str:
         """Return a table, to be printed: each leaf's path, shape, rule, penalty and value."""
@@ -144,7 +138,8 @@ class Kernel:
             penalty, value = "exempt", "-"
             if leaf.penalty:
                 penalty, value = repr(leaf.penalty), f"{float(leaf.penalty(leaf.value)):.6g}"
-            rows.append((leaf.path, str(jnp.shape(leaf.value)), rule, penalty, value))
+            shape = str(leaf.value.shape) if hasattr(leaf.value, "shape") else "-"
+            rows.append((leaf.path, shape, rule, penalty, value))
         rows.append(("total", "", "", "", f"{float(self(params)):.6g}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -169,7 +164,7 @@ class Kernel:
                 won,
                 paths,
                 what="leaves of the parameter tree",
-                otherwise="which is not a floating-point array",
+                otherwise="which is not a floating-point array, or is masked",
             )
         return _Match(leaves, treedef)
 
@@ -184,7 +179,7 @@ class Kernel:
                     f" and this leaf is {_kind(value)}. Drop the rule {self.rules.name(rule)}."
                 )
             return _Leaf(path, value, rule, None)
-        penalty.check(jnp.asarray(value), path)
+        penalty.check(value if hasattr(value, "dtype") else jnp.asarray(value), path)
         return _Leaf(path, value, rule, penalty)
 
 
@@ -205,15 +200,20 @@ def _paths(params: Any) -> list[str]:
     boxed, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: _is_absent(node) or _is_box(node)
     )
+    if any(isinstance(node, nnx.Module) for _, node in boxed):
+        raise TypeError(
+            "`jaxreg.kernel` takes parameters, and an NNX module holds a shared one several times,"
+            " and more than parameters. Pass `nnx.state(model, nnx.Param)`."
+        )
     return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
+        jax.tree_util.keystr(path, simple=True, separator="/") or TOP
         for path, node in boxed
         for _ in jax.tree.leaves(node, is_leaf=_is_absent)
     ]
 
 
 def _is_box(node: Any) -> bool:
-    return isinstance(node, nnx.Variable | flax.core.meta.AxisMetadata)
+    return isinstance(node, nnx.Variable | nnx.Module | flax.core.meta.AxisMetadata)
 
 
 def _is_absent(node: Any) -> bool:
@@ -221,7 +221,9 @@ def _is_absent(node: Any) -> bool:
 
 
 def _is_penalizable(value: Any) -> bool:
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+    # Under `jit` a Python number is an array.
+    number = isinstance(value, float | complex)
+    return number or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def _kind(value: Any) -> str:

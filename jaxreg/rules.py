@@ -25,7 +25,8 @@ class Rules:
     Args:
         patterns: for each rule a glob, a compiled regular expression that must match the whole
             path, or a predicate of the path. In a glob `*` matches within one segment, `**` any
-            number of whole segments, and `.` alone the top module.
+            number of whole segments, and `.` alone the top module; `?` and `[...]` are as in
+            Python's fnmatch.
         values: for each rule its value; None exempts.
         strict: whether a rule that wins nothing is an error.
     """
@@ -35,9 +36,23 @@ class Rules:
     strict: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
-    def from_mapping(cls, rules: Mapping[Any, Any], *, strict: bool, owner: str) -> "Rules":
-        """Build rules from a mapping; `owner` is the function that the errors name."""
-        for pattern in rules:
+    def of(cls, rules: Any, kind: type, *, strict: bool, owner: str) -> "Rules":
+        """Build rules from a mapping whose values are of a kind, or None.
+
+        Raises:
+            TypeError: for anything else. `owner` is the function that it names.
+        """
+        if not isinstance(rules, Mapping):
+            raise TypeError(
+                f"`{owner}` takes a mapping from patterns to a {kind.__name__} or None;"
+                f" got {rules!r}."
+            )
+        for pattern, value in rules.items():
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(
+                    f"`{owner}` takes a {kind.__name__}, or None to exempt; got {value!r} for"
+                    f" {pattern!r}."
+                )
             if not (isinstance(pattern, str | re.Pattern) or callable(pattern)):
                 raise TypeError(
                     f"`{owner}` takes rules from a glob, a compiled regular expression or a"
@@ -90,7 +105,7 @@ class Rules:
 def matches(pattern: Pattern, path: str) -> bool:
     """Return whether the pattern matches the whole path."""
     if isinstance(pattern, str):
-        return _glob(_segments(pattern), _segments(path))
+        return names(pattern, path) or _glob(_segments(pattern), _segments(path))
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(path) is not None
     return bool(pattern(path))

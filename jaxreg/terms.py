@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
-from jaxreg.penalties._base import accumulable, real_dtype
 
 Reduction = Literal["batch_mean", "sum", "mean", "token_mean"]
 
@@ -48,7 +47,7 @@ def _finish(measurement: Measurement) -> jax.Array:
 
 
 def measure(
-    x: jax.Array,
+    x: ArrayLike,
     penalty: Penalty,
     reduction: Reduction,
     mask: ArrayLike | None = None,
@@ -59,8 +58,7 @@ def measure(
     See `jaxreg.penalize` for the reductions and the mask.
     """
     check_reduction(reduction)
-    penalty.check(x, name)
-    x = accumulable(x)
+    x = penalty.prepare(x, name)
     where = None
     tokens: Any = math.prod(x.shape[:-1])
     if mask is not None:
@@ -81,7 +79,7 @@ def measure(
     return Measurement(
         penalty=jax.tree.map(jnp.asarray, penalty),
         moments=penalty.moments(x, where),
-        count=None if count is None else jnp.asarray(count, real_dtype(x)),
+        count=None if count is None else jnp.asarray(count, float),
     )
 
 
@@ -100,6 +98,9 @@ class Terms(Mapping[str, jax.Array]):
     As a mapping it gives each path's value, a scalar. A path that was penalized several times in
     the pass (a module called twice, a scanned layer) has the sum.
 
+    The terms of microbatches, or of the shards under `shard_map`, come together by `combine`:
+    adding up their leaves would add up their strengths too.
+
     Args:
         measurements: for each path what was measured there, in the order of the calls.
     """
@@ -115,6 +116,12 @@ class Terms(Mapping[str, jax.Array]):
         """Return a plain dict from path to scalar, for any logger."""
         return dict(self)
 
+    def _penalty_names(self) -> dict[str, list[str]]:
+        return {
+            path: [type(call.penalty).__name__ for call in calls]
+            for path, calls in self.measurements.items()
+        }
+
     def __getitem__(self, path: str) -> jax.Array:
         return sum((m.value for m in self.measurements[path]), start=jnp.float32(0))
 
@@ -125,11 +132,12 @@ class Terms(Mapping[str, jax.Array]):
         return len(self.measurements)
 
 
-def combine(terms: Sequence[Terms] | Terms) -> Terms:
+def combine(terms: Iterable[Terms] | Terms) -> Terms:
     """Return the terms of one large batch from those of its microbatches, exactly.
 
     Sums and counts are added up and each penalty is finished once, so that microbatches of unequal
-    size count by their size. The strengths are those of the first microbatch.
+    size count by their size. The strengths are those of the first microbatch. A penalty of your own
+    is exact if its moments add up over the leading axis.
 
     Args:
         terms: the microbatches' terms, all of the same sites; or one `Terms` with a leading axis of
@@ -150,17 +158,23 @@ def combine(terms: Sequence[Terms] | Terms) -> Terms:
         2.0
     """
     if not isinstance(terms, Terms):
+        terms = list(terms)
         if not terms:
             raise ValueError("`jaxreg.combine` takes at least one `Terms`; got none.")
         structures = {jax.tree.structure(t) for t in terms}
         if len(structures) > 1:
             raise ValueError(
-                "`jaxreg.combine` takes terms of the same sites; got"
-                f" {[sorted(t.measurements) for t in terms]}."
+                "`jaxreg.combine` takes terms of the same sites and penalties; got"
+                f" {[t._penalty_names() for t in terms]}."
             )
         stacked: Terms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *terms)
     else:
         stacked = terms
+        if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(stacked)):
+            raise ValueError(
+                "`jaxreg.combine` takes a sequence of `Terms`, or one with a leading axis of"
+                " microbatches; got one of a single batch."
+            )
 
     def combined(m: Measurement) -> Measurement:
         first = jax.tree.map(lambda leaf: leaf[0], m.penalty)

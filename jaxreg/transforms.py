@@ -29,11 +29,12 @@ def add_penalty_gradient(
 
     Before the preconditioner (`scale_by_adam`) this is coupled regularization: the same as R in the
     loss. After it, and before the scaling by the learning rate, it is decoupled, as weight decay in
-    AdamW is: `L2(λ / 2)` there is optax's `add_decayed_weights(λ)`. The value of the penalty is
-    never computed, so that XLA folds the gradient into the update.
+    AdamW is: `L2(λ / 2)` there is optax's `add_decayed_weights(λ)`, for real parameters (the
+    gradient of complex ones is conjugate, as `jax.grad` has it). The value of the penalty is never
+    computed, so that XLA folds the gradient into the update.
 
     Args:
-        reg: a `jaxreg.kernel`.
+        reg: a `jaxreg.kernel`. `optax.inject_hyperparams` needs `static_args="reg"`.
         scale: c, a scalar or a schedule from the number of updates made so far to a scalar.
 
     Returns:
@@ -66,6 +67,7 @@ def add_penalty_gradient(
             lambda penalty, leaf, u: (u + factor * penalty.gradient(leaf)).astype(u.dtype),
             params,
             updates,
+            exempt=updates,
         )
         return updates, _next(state)
 
@@ -83,6 +85,7 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
 
     Args:
         reg: a `jaxreg.kernel` whose penalties have a closed-form proximal operator.
+            `optax.inject_hyperparams` needs `static_args="reg"`.
         step_size: t, a scalar or a schedule from the number of updates made so far to a scalar.
 
     Returns:
@@ -112,9 +115,11 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
         _require_params("apply_prox", params)
         step = _value(step_size, state)
         updates = reg.map(
-            lambda penalty, leaf, u: (penalty.prox(leaf + u, step) - leaf).astype(u.dtype),
+            # Not rounded to the dtype of u: that could leave more than zero where prox gives zero.
+            lambda penalty, leaf, u: penalty.prox(leaf + u, step) - leaf,
             params,
             updates,
+            exempt=updates,
         )
         return updates, _next(state)
 

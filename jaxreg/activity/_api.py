@@ -1,19 +1,18 @@
 """The public functions of activity penalties."""
 
+import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
-from jaxreg.rules import Pattern, Rules
+from jaxreg.rules import Rules
 from jaxreg.terms import Reduction, Terms, check_reduction, measure
 
 from . import _linen, _nnx
@@ -23,7 +22,7 @@ Value = TypeVar("Value")
 
 
 def activity(
-    rules: Mapping[Pattern, Penalty | None] | Mapping[str, Penalty | None],
+    rules: Mapping[Any, Penalty | None],
     *,
     reduction: Reduction = "batch_mean",
     mask: ArrayLike | None = None,
@@ -82,19 +81,10 @@ def activity(
             "`jaxreg.activity` takes rules from module paths to penalties; got a bare penalty."
             f' To penalize the top module\'s own output, pass {{".": {rules!r}}}.'
         )
-    for pattern, penalty in rules.items():
-        if not (penalty is None or isinstance(penalty, Penalty)):
-            raise TypeError(
-                f"`jaxreg.activity` takes penalties, or None for an exempt module; got {penalty!r}"
-                f" for {pattern!r}."
-            )
     check_reduction(reduction)
     return Activity(
-        Rules.from_mapping(rules, strict=strict, owner="jaxreg.activity"), reduction, mask
+        Rules.of(rules, Penalty, strict=strict, owner="jaxreg.activity"), reduction, mask
     )
-
-
-_tokens = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,9 +100,6 @@ class Activity:
     rules: Rules
     reduction: Reduction
     mask: ArrayLike | None
-    _token: str = dataclasses.field(
-        default_factory=lambda: f"jaxreg_{next(_tokens)}", init=False, repr=False
-    )
 
     def __call__(self, forward: Callable[..., Any]) -> Callable[..., tuple[Any, Terms]]:
         """Return the forward pass that returns `(out, terms)`.
@@ -122,19 +109,29 @@ class Activity:
         """
         run: Callable[..., tuple[Any, Any]]
         if _nnx.module_of(forward) is not None:
-            run = functools.partial(_nnx.run_module, token=self._token)
+            run = _nnx.run_module
         elif _linen.is_apply(forward):
-            run = functools.partial(_linen.run_apply, token=self._token)
+            run = _linen.run_apply
         else:
             run = _linen.run_function
 
         @functools.wraps(forward, assigned=("__name__", "__qualname__", "__doc__"), updated=())
         def penalized(*args: Any, **kwargs: Any) -> tuple[Any, Terms]:
-            new_pass = functools.partial(Pass, self.rules, self.reduction, self.mask)
-            out, measured = run(forward, new_pass, args=args, kwargs=kwargs)
+            new_pass = functools.partial(Pass, self._key, self.rules, self.reduction, self.mask)
+            out, measured = run(forward, new_pass, args, kwargs)
             return out, Terms(measured)
 
         return penalized
+
+    @functools.cached_property
+    def _key(self) -> Hashable:
+        """Equal for two activities only if they measure alike: by value where that can be told."""
+        if self.mask is None:
+            with contextlib.suppress(TypeError):  # an array or a tracer has no hash
+                key = (self.rules, self.reduction)
+                hash(key)
+                return key
+        return object()
 
 
 def penalize(
@@ -168,7 +165,9 @@ def penalize(
         >>> [float(jr.penalize(x, jr.L1(1.0), reduction=r)) for r in ("batch_mean", "sum", "mean")]
         [10.0, 40.0, 1.0]
     """
-    return measure(jnp.asarray(x), penalty, reduction, mask).value
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"`jaxreg.penalize` takes a Penalty; got {penalty!r}.")
+    return measure(x, penalty, reduction, mask).value
 
 
 def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty) -> Value:
@@ -203,14 +202,11 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
         >>> list(terms)
         ['code']
     """
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"`jaxreg.sow` takes a Penalty; got {penalty!r} for {name!r}.")
     run = current()
-    if run is None:
+    if run is None or (isinstance(module, nn.Module) and module.is_initializing()):
         return value
-    if isinstance(module, nn.Module):
-        if module.is_initializing():
-            return value
-        path: Any = module.path
-    else:
-        path = _nnx.path_of(module)
-    run.record(module, join(*(path or ()), name), value, penalty)
+    path = module.path if isinstance(module, nn.Module) else _nnx.path_of(module)
+    run.record(module, join(*path, name), value, penalty)
     return value

@@ -8,11 +8,11 @@ from typing import Any
 import flax.linen as nn
 from flax.core import FrozenDict, freeze
 from flax.core.scope import in_filter, union_filters
-from jax.extend.core import get_opaque_trace_state
 
-from ._pass import Measured, Pass, join, merge, under_way
+from ._pass import Measured, Pass, join, merge, trace, under_way
 
 _COLLECTION = "intermediates"
+_NAME = "jaxreg_terms"
 
 
 def is_apply(forward: Any) -> bool:
@@ -21,21 +21,19 @@ def is_apply(forward: Any) -> bool:
 
 
 def run_apply(
-    forward: Any, new_pass: Callable[..., Pass], token: str, args: Any, kwargs: Any
+    forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
-    """Run a module's `apply`; measurements travel in its intermediates, under the token."""
+    """Run a module's `apply`; measurements travel in its intermediates."""
     variables = args[0] if args else kwargs["variables"]
     before = variables.get(_COLLECTION, {})
     wanted = kwargs.get("mutable", False)
     if kwargs.get("capture_intermediates"):
         wanted = union_filters(wanted, _COLLECTION)
-    # The token is also the name of a collection without variables: so it reaches the cache key of
-    # a nested `nn.jit`, which would replay a forward pass traced under other rules, or under none.
-    mutable = union_filters(wanted, [_COLLECTION, token])
-    run = new_pass(carry=partial(_sow, token), seen=_modules(variables))
-    with under_way(run), nn.intercept_methods(partial(_intercept, run)):
+    run = new_pass(carry=_sow, seen=_modules(variables))
+    with under_way(run), nn.intercept_methods(partial(_intercept, run, [])):
+        mutable = union_filters(wanted, _COLLECTION)
         out, state = forward(*args, **{**kwargs, "mutable": mutable})
-    rest, measured = _take(state.get(_COLLECTION, {}), token)
+    rest, measured = _take(state.get(_COLLECTION, {}))
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
     measured = run.finish(measured)
@@ -51,11 +49,11 @@ def run_function(
     forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
     """Run any function that calls Linen modules; measurements are kept where they are made."""
-    here = _trace()
+    here = trace()
     measured: Measured = {}
 
     def keep(module: Any, more: Measured) -> None:
-        if _trace() != here:
+        if trace() != here:
             raise ValueError(
                 f'`jaxreg.activity` cannot take the term "{join(*more)}" out of the transformation'
                 " around it. Give it the module's own `apply`, inside the transformation:"
@@ -64,27 +62,44 @@ def run_function(
         measured.update(merge(measured, more))
 
     run = new_pass(carry=keep)
-    with under_way(run), nn.intercept_methods(partial(_intercept, run)):
+    with under_way(run), nn.intercept_methods(partial(_intercept, run, [])):
         out = forward(*args, **kwargs)
     return out, run.finish(measured)
 
 
-def _trace() -> Any:
-    return get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
+def _intercept(
+    run: Pass,
+    calling: list[nn.Module],
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: Any,
+) -> Any:
+    """Call a module's method, and measure what its `__call__` puts out.
 
-
-def _intercept(run: Pass, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Call a module's method, and measure what its `__call__` puts out."""
+    `calling` holds the modules that are inside their `__call__`.
+    """
     module = context.module
     if module.scope is None:
         return call(*args, **kwargs)
     if module.is_initializing():
-        run.initialized[join(*module.path)] = None
+        run.initializing = True
         return call(*args, **kwargs)
-    with _watched(run, module):
-        out = call(*args, **kwargs)
-    if context.method_name == "__call__":
-        run.record(module, join(*module.path), out)
+    # By name is not enough: `__call__` may be an alias. By name is too much within `__call__`: that
+    # is a `super().__call__`.
+    is_call = context.orig_method.func is getattr(type(module).__call__, "__wrapped__", None) or (
+        context.method_name == "__call__" and not any(module is other for other in calling)
+    )
+    if not is_call:
+        with _watched(run, module):
+            return call(*args, **kwargs)
+    calling.append(module)
+    try:
+        with _watched(run, module):
+            out = call(*args, **kwargs)
+    finally:
+        calling.pop()
+    run.record(module, join(*module.path), out)
     return out
 
 
@@ -96,9 +111,8 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
         return
 
     def sow(col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
-        path = join(*module.path, name)
-        if col == _COLLECTION and run.penalty(path) is not None:
-            run.record(module, path, value)
+        if col == _COLLECTION:
+            run.record(module, join(*module.path, name), value)
         return type(module).sow(module, col, name, value, *args, **kwargs)
 
     object.__setattr__(module, "sow", sow)
@@ -108,26 +122,35 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
         object.__delattr__(module, "sow")
 
 
-def _sow(token: str, module: Any, measured: Measured) -> None:
+def _sow(module: Any, measured: Measured) -> None:
     """Carry measurements in the module's intermediates."""
-    if not nn.Module.sow(module, _COLLECTION, token, measured, reduce_fn=merge, init_fn=dict):
+    if module.scope.trace_level != trace():
+        raise ValueError(
+            f'`jaxreg.activity` cannot carry the term "{join(*measured)}" out of the transformation'
+            " around it. Use Flax's lifted transformations inside modules (`nn.vmap`, `nn.remat`,"
+            " `nn.cond`) rather than JAX's own, and in a lifted function call the submodules of the"
+            " module that it is given."
+        )
+    if not nn.Module.sow(module, _COLLECTION, _NAME, measured, reduce_fn=merge, init_fn=dict):
         raise ValueError(
             f'`jaxreg.activity` cannot carry the term "{join(*measured)}" out of the lifted'
             ' transformation around it. Add "intermediates": 0 to its `variable_axes`, as in'
             ' `nn.scan(..., variable_axes={"params": 0, "intermediates": 0})`; so for `nn.vmap`.'
+            " Another model's module that is applied inside this one cannot carry any; a rule that"
+            " maps its path to None exempts it."
         )
 
 
-def _take(tree: Mapping[str, Any], token: str) -> tuple[dict[str, Any], Measured]:
+def _take(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
     """Split intermediates into what the user's model sowed and what was measured."""
     rest: dict[str, Any] = {}
-    measured: Measured = dict(tree.get(token, {}))
+    measured: Measured = dict(tree.get(_NAME, {}))
     for name in tree:
-        if name == token:
+        if name == _NAME:
             continue
         child = tree[name]
         if isinstance(child, Mapping):
-            child, more = _take(child, token)
+            child, more = _take(child)
             measured = merge(measured, more)
             if more and not child:
                 continue

@@ -1,6 +1,5 @@
 """Flax NNX: measure at the module's output, carry by a Variable of the module's."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -8,23 +7,13 @@ from typing import Any
 
 from flax import nnx
 
-from ._pass import Measured, Pass, current, join, merge, under_way
+from ._pass import Measured, Pass, current, join, merge, trace, under_way
+
+Path = tuple[Any, ...]
 
 
 class PenaltyTerm(nnx.Variable[Any]):
     """What was measured in one module during one forward pass, by path."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """A module's path and the token of the activity that watches it.
-
-    Static, so that both reach the cache key of a nested `nnx.jit`, which would otherwise replay a
-    forward pass traced under other rules, or under none.
-    """
-
-    path: tuple[Any, ...]
-    token: str
 
 
 def module_of(forward: Any) -> nnx.Module | None:
@@ -34,72 +23,110 @@ def module_of(forward: Any) -> nnx.Module | None:
 
 
 def run_module(
-    forward: Any, new_pass: Callable[..., Pass], token: str, args: Any, kwargs: Any
+    forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
     """Run a module, or a method of one, on a watched copy that shares the module's Variables."""
     module: Any = module_of(forward)
     copy = nnx.clone(module, variables=False)
-    originals = [node for _, node in nnx.iter_modules(module)]
-    copies: list[tuple[Any, Any]] = list(nnx.iter_modules(copy))
+    copies: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
     for path, node in copies:
-        node._jaxreg_site = nnx.static(_Site(path, token))
-        node._jaxreg_terms = nnx.data(PenaltyTerm({}))
-        if callable(node):
+        if not isinstance(node, nnx.List | nnx.Dict):
             cls: Any = type(node)
-            node.__class__ = _watched(cls)
-    before = [dict(vars(node)) for _, node in copies]
+            node.__class__ = _watched(cls, path)
+    originals = {
+        id(node): original
+        for (_, node), (_, original) in zip(copies, nnx.iter_modules(module), strict=True)
+    }
+    before = {id(node): dict(vars(node)) for _, node in copies}
 
-    paths = dict.fromkeys(join(*path) for path, _ in copies)
-    run = new_pass(carry=_carry, seen=paths)
+    carried: dict[str, set[tuple[int, bool]]] = {}
+    run = new_pass(
+        carry=functools.partial(_carry, carried, trace()),
+        seen=dict.fromkeys(join(*path) for path, _ in copies),
+    )
+    for path, node in copies:
+        # Made before the forward pass, so that a transformation without an axis for it drops it in
+        # a way that can be told. Modules that no rule matches stay as they are until they sow.
+        if run.penalty(join(*path)) is not None:
+            node._jaxreg_terms = nnx.data(PenaltyTerm({}))
     call: Any = copy if forward is module else getattr(copy, forward.__name__)
     with under_way(run):
         out = call(*args, **kwargs)
 
-    # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.
-    for original, (_, node), old in zip(originals, copies, before, strict=True):
-        for name, value in vars(node).items():
-            if value is not old.get(name) and not name.startswith(("_jaxreg", "_pytree")):
-                setattr(original, name, value)
     measured: Measured = {}
     for _, node in copies:
-        measured = merge(measured, node._jaxreg_terms.get_value())
+        if hasattr(node, "_jaxreg_terms"):
+            measured = merge(measured, node._jaxreg_terms.get_value())
+    _require_carried(carried, measured)
+    # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.
+    for _, node in copies:
+        for name, value in vars(node).items():
+            new = value is not before[id(node)].get(name)
+            if new and not name.startswith(("_jaxreg", "_pytree")):
+                setattr(originals[id(node)], name, originals.get(id(value), value))
     return out, run.finish(measured)
 
 
-def path_of(module: Any) -> tuple[Any, ...] | None:
-    """Return the path of a module in the watched copy; None for a module of no such copy."""
-    site = getattr(module, "_jaxreg_site", None)
-    return None if site is None else site.path
+def path_of(module: Any) -> Path:
+    """Return the path of a module in the watched copy, and () for any other module."""
+    path: Path = getattr(module, "_jaxreg_path", ())
+    return path
 
 
 @functools.cache
-def _watched(cls: Any) -> Any:
-    """Return a subclass that measures what `__call__` puts out and what `sow` is given."""
+def _watched(cls: Any, path: Path) -> Any:
+    """Return a subclass that measures what `__call__` puts out and what `sow` is given.
+
+    The path is the class's and not the instance's, so that transformations see no new attribute.
+    """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = cls.__call__(self, *args, **kwargs)
         run = current()
         if run is not None:
-            run.record(self, join(*self._jaxreg_site.path), out)
+            run.record(self, join(*path), out)
         return out
 
     def sow(self: Any, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        run, path = current(), join(*self._jaxreg_site.path, name)
-        if run is not None and run.penalty(path) is not None:
-            run.record(self, path, value)
+        run = current()
+        if run is not None:
+            run.record(self, join(*path, name), value)
         return cls.sow(self, variable_type, name, value, *args, **kwargs)
 
-    members = {"__call__": __call__, "sow": sow, "__module__": cls.__module__}
-    return type(cls)(cls.__name__, (cls,), {**members, "__qualname__": cls.__qualname__})
+    members = {"sow": sow, "_jaxreg_path": path}
+    if any("__call__" in vars(base) for base in cls.__mro__):
+        members["__call__"] = __call__
+    for name in ("__module__", "__qualname__", "__doc__"):
+        members[name] = getattr(cls, name)
+    return type(cls)(cls.__name__, (cls,), members)
 
 
-def _carry(module: Any, measured: Measured) -> None:
-    """Carry measurements in the module's own Variable."""
-    terms = getattr(module, "_jaxreg_terms", None)
-    if terms is None:
+def _carry(
+    carried: dict[str, set[tuple[int, bool]]], here: Any, module: Any, measured: Measured
+) -> None:
+    """Carry measurements in the module's own Variable, and note each for `_require_carried`."""
+    if not hasattr(module, "_jaxreg_path"):
         raise ValueError(
             f'`jaxreg.activity` cannot carry the term "{join(*measured)}": its module is not part'
             " of the module that was wrapped."
         )
+    if not hasattr(module, "_jaxreg_terms"):
+        module._jaxreg_terms = nnx.data(PenaltyTerm({}))
+    terms = module._jaxreg_terms
+    for path in measured:
+        # A transformation may trace a call several times; that notes the same again.
+        calls_before = len(terms.get_value().get(path, ()))
+        carried.setdefault(path, set()).add((calls_before, trace() == here))
     for path, calls in merge(terms.get_value(), measured).items():
         terms[path] = calls
+
+
+def _require_carried(carried: dict[str, set[tuple[int, bool]]], measured: Measured) -> None:
+    """Raise if a transformation dropped what was measured inside it."""
+    for path, notes in carried.items():
+        if len(measured.get(path, ())) < len(notes):
+            raise ValueError(
+                f'`jaxreg.activity` lost the term "{path}" in a transformation around it. Use'
+                " `nnx.scan` or `nnx.vmap` rather than JAX's own, and give the term an axis:"
+                " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`."
+            )

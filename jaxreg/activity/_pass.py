@@ -2,12 +2,13 @@
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
@@ -17,7 +18,7 @@ from jaxreg.terms import Measurement, Reduction, measure
 Measured = dict[str, tuple[Measurement, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pass:
     """What the modules of one forward pass consult while they run.
 
@@ -25,22 +26,22 @@ class Pass:
     which the framework's transformations carry out.
 
     Args:
+        key: a hashable that two passes share only if they measure the same values alike.
         rules: the rules over paths.
         reduction: how separable penalties are divided.
         mask: None, or which tokens count.
         carry: called with a module and what was measured in it.
+        seen: the paths of the modules and values met, in order, to which more are added.
+        initializing: whether a module was met that was being initialized: those collect nothing.
     """
 
+    key: Hashable
     rules: Rules
     reduction: Reduction
     mask: ArrayLike | None
     carry: Callable[[Any, Measured], None]
     seen: dict[str, None] = dataclasses.field(default_factory=dict)
-    """The paths of all modules and values met, in order."""
-    carried: dict[str, None] = dataclasses.field(default_factory=dict)
-    """Those of them that `carry` was given."""
-    initialized: dict[str, None] = dataclasses.field(default_factory=dict)
-    """The paths of modules met while they were being initialized: they collect nothing."""
+    initializing: bool = False
 
     def penalty(self, path: str, default: Penalty | None = None) -> Penalty | None:
         """Return the penalty of this path: its rule's, or else the default."""
@@ -58,32 +59,19 @@ class Pass:
         if penalty is None:
             return
         leaves = jax.tree.leaves(output)
-        floating = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-        if leaves and not floating:
+        floating = [x for x in leaves if _is_floating(x)]
+        if not floating:
+            kinds = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
             raise TypeError(
                 f'`jaxreg.activity` penalizes floating-point values; got "{path}" of dtype'
-                f" {jnp.result_type(leaves[0])}."
+                f" {', '.join(kinds) or None}. A rule that maps it to None, put first, exempts it."
             )
-        calls = [
-            measure(jnp.asarray(x), penalty, self.reduction, self.mask, path) for x in floating
-        ]
-        self.carried[path] = None
+        calls = [measure(x, penalty, self.reduction, self.mask, path) for x in floating]
         self.carry(module, {path: tuple(calls)})
 
     def finish(self, measured: Measured) -> Measured:
-        """Return what came out of the pass, having made sure that nothing was lost in it.
-
-        Raises:
-            ValueError: for a term that was dropped on the way, or a rule that won nothing.
-        """
-        for path in self.carried:
-            if path not in measured:
-                raise ValueError(
-                    f'`jaxreg.activity` lost the term "{path}" in a transformation around it. Use'
-                    " `nnx.scan` or `nnx.vmap` rather than JAX's own, and give the term an axis:"
-                    " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`."
-                )
-        if not self.initialized:
+        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it."""
+        if self.seen or not self.initializing:
             exempt = [path for path in self.seen if self.penalty(path) is None]
             self.rules.require_wins(
                 winners={self.rules.find(path) for path in [*measured, *exempt]},
@@ -111,12 +99,29 @@ def current() -> Pass | None:
 
 @contextmanager
 def under_way(run: Pass) -> Iterator[None]:
-    """Make this the innermost pass."""
+    """Make this the innermost pass.
+
+    JAX's, Linen's and NNX's jit know nothing of what watches a module: they would replay a forward
+    pass that was traced under another activity, or under none. The user context is part of their
+    cache keys.
+    """
     token = _current.set(run)
     try:
-        yield
+        with _user_context((_user_context.value, run.key)):
+            yield
     finally:
         _current.reset(token)
 
 
+def trace() -> Any:
+    """Return what identifies the JAX trace under way."""
+    return get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
+
+
+def _is_floating(leaf: Any) -> bool:
+    number = isinstance(leaf, float | complex)
+    return number or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+_user_context = jax.make_user_context(None)  # type: ignore[no-untyped-call]
 _current: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("jaxreg", default=None)

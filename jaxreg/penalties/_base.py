@@ -87,16 +87,16 @@ class Penalty(abc.ABC):
             TypeError: for integer input, or complex input where the formula has no modulus.
             ValueError: for a rank or an axis that the penalty cannot take.
         """
-        x = jnp.asarray(x)
-        self.check(x)
-        return self.finish(self.moments(accumulable(x)), None)
+        return self.finish(self.moments(self.prepare(x)), None)
 
     def gradient(self, x: ArrayLike) -> jax.Array:
         """Return dR/dx, of the shape and dtype of `x`, in the convention of `jax.grad`.
 
         At kinks and at zero it is the subgradient 0. Under `jit` the value is not computed.
         """
-        gradient: jax.Array = jax.grad(self.__call__)(jnp.asarray(x))
+        x = jnp.asarray(x)
+        self.check(x)
+        gradient: jax.Array = jax.grad(self.__call__)(x)
         return gradient
 
     def prox(self, x: ArrayLike, step: ArrayLike) -> jax.Array:
@@ -112,8 +112,7 @@ class Penalty(abc.ABC):
             NotImplementedError: where no closed form is known.
         """
         x = jnp.asarray(x)
-        self.check(x)
-        wide = accumulable(x)
+        wide = self.prepare(x)
         return self._prox(wide, jnp.asarray(step, real_dtype(wide))).astype(x.dtype)
 
     @abc.abstractmethod
@@ -141,6 +140,15 @@ class Penalty(abc.ABC):
             f" one: {', '.join(known)}. Use its gradient instead (`jaxreg.add_penalty_gradient`)."
         )
 
+    def prepare(self, x: ArrayLike, name: str = "x") -> jax.Array:
+        """Return the array in its accumulation dtype, at least single precision, having checked it.
+
+        Raises as `check` does.
+        """
+        array = jnp.asarray(x)
+        self.check(array, name)
+        return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
+
     def check(self, x: jax.Array, name: str = "x") -> None:
         """Raise if the penalty cannot take an array of this dtype and shape; `name` names it."""
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -159,6 +167,10 @@ class Penalty(abc.ABC):
             return NotImplemented
         return Sum(_terms(self) + _terms(other))
 
+    def __radd__(self, other: object) -> "Penalty":
+        # What `sum` starts from.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __mul__(self, factor: ArrayLike) -> Self:
         if isinstance(factor, Penalty):
             return NotImplemented
@@ -174,7 +186,7 @@ class Penalty(abc.ABC):
         """Raise unless the field is traced, or a concrete real scalar for which `holds`."""
         value = getattr(self, field)
         if isinstance(value, jax.core.Tracer):
-            valid = value.shape == ()
+            valid = value.shape == () and jnp.isrealobj(value)
         else:
             array = np.asarray(value)
             real = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
@@ -280,7 +292,7 @@ class Sum(Penalty):
         if len(others) > 1:
             raise NotImplementedError(
                 f"`jaxreg.Sum` has a closed-form proximal operator only where at most one term is"
-                f" not an L2; got {self!r}. Split it into several `jaxreg.apply_prox`."
+                f" not an L2; got {self!r}."
             )
         curvature = sum(
             2 * step * getattr(term, "strength") for term in self.terms if term.quadratic
@@ -292,11 +304,6 @@ class Sum(Penalty):
         return Sum(tuple(term * factor for term in self.terms))
 
     __rmul__ = __mul__
-
-
-def accumulable(x: jax.Array) -> jax.Array:
-    """Widen to the dtype in which penalties are added up: at least single precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def real_dtype(x: jax.Array) -> Any:

@@ -1,13 +1,14 @@
 """Penalties that are a sum of norms of groups of entries."""
 
 import math
-from typing import ClassVar
+import operator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, static
+from ._base import Penalty, real_dtype, static
 
 
 class GroupLasso(Penalty):
@@ -39,11 +40,11 @@ class GroupLasso(Penalty):
         >>> import jax.numpy as jnp
         >>> import jaxreg as jr
         >>> kernel = jnp.array([[3.0, 0.0], [4.0, 0.0]])
-        >>> float(jr.GroupLasso(1.0, weighted=False)(kernel))
+        >>> lasso = jr.GroupLasso(1.0, weighted=False)
+        >>> float(lasso(kernel))
         5.0
-        >>> print(jr.GroupLasso(1.0, weighted=False).gradient(kernel).round(2))
-        [[0.6 0. ]
-         [0.8 0. ]]
+        >>> lasso.prox(kernel, step=2.5).tolist()
+        [[1.5, 0.0], [2.0, 0.0]]
 
     References:
         Yuan and Lin, Model selection and estimation in regression with grouped variables,
@@ -65,28 +66,52 @@ class GroupLasso(Penalty):
                 f' different ones; got axis={self.axis} for "{name}" of shape {x.shape}.'
             )
 
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        return self._weight(x) * jnp.sum(self._norm(x))
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> Any:
+        axes = self._axes(x.ndim)
+        squares, size = _squares(x, axes), _size(x, axes, where)
+        # Groups that reach over the leading axis, a batch's, grow with it: their squares and sizes
+        # add up. Other groups lie within one example each: their weighted norms do.
+        grows = 0 in axes
+        return (squares, size) if grows else self._total(squares, size)
+
+    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+        grows = isinstance(moments, tuple)
+        return super().finish(self._total(*moments) if grows else moments, count)
+
+    def _total(self, squares: jax.Array, size: jax.Array) -> jax.Array:
+        return jnp.sum(self._weight(size) * _root(squares))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        norm = self._norm(x)
-        threshold = step * self.strength * self._weight(x)
+        axes = self._axes(x.ndim)
+        norm = _root(_squares(x, axes))
+        threshold = step * self.strength * self._weight(_size(x, axes, None))
         # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
         zero = norm <= threshold
         return jnp.where(zero, 0, x * (1 - threshold / jnp.where(zero, 1, norm)))
 
+    def _weight(self, size: jax.Array) -> jax.Array:
+        return jnp.sqrt(size) if self.weighted else jnp.ones_like(size)
+
     def _axes(self, ndim: int) -> tuple[int, ...]:
         if self.axis is None:
             return tuple(range(ndim - 1))
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        return tuple(axis + ndim if axis < 0 else axis for axis in axes)
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        return tuple(operator.index(a) + ndim if a < 0 else operator.index(a) for a in axes)
 
-    def _norm(self, x: jax.Array) -> jax.Array:
-        square = jnp.sum(jnp.real(x * jnp.conj(x)), axis=self._axes(x.ndim), keepdims=True)
-        # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
-        zero = square == 0
-        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
-    def _weight(self, x: jax.Array) -> float:
-        size = math.prod(x.shape[axis] for axis in self._axes(x.ndim))
-        return math.sqrt(size) if self.weighted else 1.0
+def _squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes, keepdims=True)
+
+
+def _size(x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
+    """Return how many entries make up a group; of each group where some do not count."""
+    if where is None:
+        return jnp.asarray(math.prod(x.shape[axis] for axis in axes), real_dtype(x))
+    counts = jnp.broadcast_to(where, x.shape)
+    return jnp.sum(counts, axis=axes, keepdims=True, dtype=real_dtype(x))
+
+
+def _root(square: jax.Array) -> jax.Array:
+    # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

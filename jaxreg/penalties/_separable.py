@@ -41,7 +41,8 @@ class L1(Separable):
     takes_complex: ClassVar[bool] = True
 
     def phi(self, x: jax.Array) -> jax.Array:
-        return jnp.abs(x)
+        # The derivative of `jnp.abs` at a real 0 is 1; that of x · sign(x) is the subgradient 0.
+        return jnp.abs(x) if jnp.iscomplexobj(x) else x * jnp.sign(x)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         return _soft_threshold(x, step * self.strength)
@@ -58,7 +59,8 @@ class L2(Separable):
         strength: s, a non-negative scalar.
 
     Gradient:
-        2·s·x. Complex entries count by their modulus.
+        2·s·x. Complex entries count by their modulus; the gradient is then 2·s·conj(x), as
+        `jax.grad` has it.
 
     Prox:
         x / (1 + 2·t·s).

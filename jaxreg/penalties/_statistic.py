@@ -16,8 +16,8 @@ class KLSparsity(Statistic):
               + (1 - \rho) \log\frac{1 - \rho}{1 - \hat\rho_j},
        \qquad \hat\rho_j = \tfrac1n \sum_{i=1}^n a_{ij} $$
 
-    ρ̂_j is taken over every axis but the last. It is clipped to [ε, 1 − ε], ε the machine epsilon of
-    the accumulation dtype.
+    ρ̂_j is taken over every axis but the last. If finite it is clipped to [ε, 1 − ε], ε the machine
+    epsilon of the accumulation dtype.
 
     Args:
         strength: s, a non-negative scalar.
@@ -53,7 +53,7 @@ class KLSparsity(Statistic):
 
     def of_means(self, means: jax.Array) -> jax.Array:
         epsilon = float(jnp.finfo(means.dtype).eps)  # type: ignore[no-untyped-call]
-        mean = jnp.clip(means, epsilon, 1 - epsilon)
+        mean = jnp.where(jnp.isinf(means), means, jnp.clip(means, epsilon, 1 - epsilon))
         rho = jnp.asarray(self.target, means.dtype)
         on = rho * (jnp.log(rho) - jnp.log(mean))
         off = (1 - rho) * (jnp.log1p(-rho) - jnp.log1p(-mean))

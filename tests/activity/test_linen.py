@@ -513,7 +513,7 @@ def test_no_activation_is_returned_from_a_scan():
     ("rules", "options", "error", "message"),
     [
         (jr.L1(1.0), {}, TypeError, r"got a bare penalty.*\"\.\""),
-        ({"encoder": 1.0}, {}, TypeError, r"takes penalties, or None.*got 1.0 for 'encoder'"),
+        ({"encoder": 1.0}, {}, TypeError, r"takes a Penalty, or None.*got 1.0 for 'encoder'"),
         ({3: jr.L1(1.0)}, {}, TypeError, r"got the pattern 3"),
         ({}, {"reduction": "batchmean"}, ValueError, r"one of 'batch_mean'.*got 'batchmean'"),
     ],
@@ -528,3 +528,122 @@ def test_an_empty_batch_gives_zero():
     value, gradient = jax.value_and_grad(lambda v: forward(v, X[:0])[1].total)(VARIABLES)
     assert float(value) == 0.0
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, VARIABLES))
+
+
+class Derived(nn.Dense):
+    """Calls its base's `__call__`, as `nn.SelfAttention` does."""
+
+    def __call__(self, inputs):
+        return super().__call__(inputs)
+
+
+class Aliased(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    __call__ = forward
+
+
+@pytest.mark.parametrize("lift", [lambda cls: cls, nn.remat, nn.jit], ids=["plain", "remat", "jit"])
+def test_a_base_class_call_does_not_count_again(lift):
+    model = lift(Derived)(5)
+    variables = {"params": VARIABLES["params"]["encoder"]}
+    _, terms = jr.activity({".": jr.L1(1.0)})(model.apply)(variables, X)
+    np.testing.assert_allclose(terms.total, jnp.sum(jnp.abs(encoded(VARIABLES))) / 4, rtol=1e-6)
+
+
+def test_an_aliased_call_counts():
+    _, terms = jr.activity({".": jr.L1(1.0)})(Aliased().apply)({}, X)
+    np.testing.assert_allclose(terms.total, 2 * jnp.sum(jnp.abs(X)) / 4, rtol=1e-6)
+
+
+def test_a_decorated_call_counts_once():
+    class Model(nn.Module):
+        @nn.remat
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5, name="encoder")(x)
+
+    variables = {"params": {"encoder": VARIABLES["params"]["encoder"]}}
+    _, terms = jr.activity({".": jr.L1(1.0)})(Model().apply)(variables, X)
+    np.testing.assert_allclose(terms.total, jnp.sum(jnp.abs(encoded(VARIABLES))) / 4, rtol=1e-6)
+
+
+JittedSows = nn.jit(Sows)
+
+
+@pytest.mark.parametrize("mutable", [["intermediates"], True], ids=["some", "all"])
+def test_a_trace_without_activity_is_not_replayed(mutable):
+    model = JittedSows()
+    model.apply(VARIABLES, X, mutable=mutable)
+    expected = jnp.sum(nn.relu(encoded(VARIABLES))) / 4
+    for _ in range(2):
+        _, terms = jr.activity({})(model.apply)(VARIABLES, X, mutable=mutable)
+        np.testing.assert_allclose(terms["code"], expected, rtol=1e-6)
+    assert model.apply(VARIABLES, X, mutable=["intermediates"])[1] == {}
+
+
+def test_a_jitted_function_that_ran_before_is_an_error_and_not_silence():
+    jitted = jax.jit(Sows().apply)
+    jitted(VARIABLES, X)
+    with pytest.raises(ValueError, match=r'cannot take the term "code"'):
+        jr.activity({})(jitted)(VARIABLES, X)
+
+
+def test_an_equal_activity_built_anew_does_not_retrace():
+    traces = []
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(1)
+            return x
+
+    Jitted = nn.jit(Model)
+    for strength in (1.0, 1.0, 2.0):
+        jr.activity({".": jr.L1(strength)})(Jitted().apply)({}, X)
+    assert len(traces) == 2
+
+
+def test_a_sown_value_can_be_exempt():
+    _, terms = jr.activity({"code": None, "**": jr.L1(1.0)})(MODEL.apply)(VARIABLES, X)
+    assert sorted(terms) == [".", "decoder", "encoder"]
+
+
+def test_init_inside_a_function_does_not_hide_a_misspelt_rule():
+    def forward(x):
+        return MODEL.apply(MODEL.init(KEY, x), x)
+
+    with pytest.raises(ValueError, match=r'"encodr" wins none'):
+        jr.activity({"encodr": jr.L1(1.0)})(forward)(X)
+
+
+def test_a_module_without_output_is_an_error():
+    class Silent(nn.Module):
+        def __call__(self, x):
+            return None
+
+    with pytest.raises(TypeError, match=r'got "\." of dtype None'):
+        jr.activity({".": jr.L1(1.0)})(Silent().apply)({}, X)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.vmap], ids=["checkpoint", "vmap"])
+def test_jax_transformations_inside_a_module_are_an_error(wrap):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(5, name="encoder")
+            dense(x)
+            return wrap(lambda y: dense(y))(x)
+
+    variables = {"params": {"encoder": VARIABLES["params"]["encoder"]}}
+    with pytest.raises(
+        ValueError, match=r'cannot carry the term "encoder".*lifted transformations'
+    ):
+        jr.activity({"encoder": jr.L1(1.0)})(Model().apply)(variables, X)
+
+
+@pytest.mark.parametrize("run", [jr.penalize, None], ids=["penalize", "sow"])
+def test_what_is_no_penalty_is_an_error(run):
+    with pytest.raises(TypeError, match=r"takes a Penalty; got 0.1"):
+        run(X, 0.1) if run else jr.sow(MODEL, "code", X, 0.1)  # type: ignore[arg-type]

@@ -344,3 +344,90 @@ def test_changing_a_strength_does_not_recompile(model):
 
     chex.clear_trace_counter()
     np.testing.assert_allclose(total(model, 2.0), 2 * total(model, 1.0), rtol=1e-6)
+
+
+class Reused(nnx.Module):
+    """Calls one module in a scan without an axis for its terms, and once outside of it."""
+
+    def __init__(self, rngs, first):
+        self.first = first
+        self.block = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        def scan(x):
+            f = nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=3)
+            return f(x, self.block)
+
+        return scan(self.block(x)) if self.first else self.block(scan(x))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["outside_first", "inside_first"])
+def test_a_dropped_term_is_noticed_beside_one_of_the_same_module(first):
+    forward = jr.activity({"block": jr.L1(1.0)})(Reused(nnx.Rngs(0), first))
+    with pytest.raises(ValueError, match=r'lost the term "block"'):
+        forward(X)
+
+
+def test_a_module_without_call_sows():
+    class Halves(nnx.Module):
+        def encode(self, x):
+            self.sow(nnx.Intermediate, "code", x)
+            return x
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.halves = Halves()
+
+        def __call__(self, x):
+            return self.halves.encode(x)
+
+    model = Model()
+
+    def penalized(model, x):
+        return jr.activity({"halves/code": jr.L1(1.0)})(model)(x)[1]
+
+    forward: Any = nnx.capture(penalized, nnx.Intermediate)
+    terms, _ = forward(model, X)
+    np.testing.assert_allclose(terms["halves/code"], jnp.sum(jnp.abs(X)) / 4, rtol=1e-6)
+
+
+def test_modules_that_no_rule_matches_can_be_split_by_the_model():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+            self.head = nnx.Linear(3, 2, rngs=rngs)
+
+        def __call__(self, x):
+            parts: Any = nnx.split(self.norm, nnx.Param, nnx.BatchStat)
+            return self.head(nnx.merge(*parts)(x))
+
+    _, terms = jr.activity({"head": jr.L1(1.0)})(Model(nnx.Rngs(0)))(X)
+    assert list(terms) == ["head"]
+
+
+def test_a_module_that_the_forward_pass_assigns_is_the_models_own():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
+            self.last = self.blocks[0]
+
+        def __call__(self, x):
+            self.last = self.blocks[1]
+            return self.last(x)
+
+    model = Model(nnx.Rngs(0))
+    jr.activity({"blocks/1": jr.L1(1.0)})(model)(X)
+    assert model.last is model.blocks[1]
+
+
+def test_a_jitted_call_that_ran_before_is_not_replayed():
+    class Model(Encoder):
+        @nnx.jit
+        def __call__(self, x):
+            return jr.sow(self, "code", nnx.relu(self.dense(x)), jr.L1(1.0))
+
+    model = Model(nnx.Rngs(0))
+    expected = jnp.sum(model(X)) / 4
+    for _ in range(2):
+        _, terms = jr.activity({})(model)(X)
+        np.testing.assert_allclose(terms["code"], expected, rtol=1e-6)

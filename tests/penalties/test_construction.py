@@ -1,0 +1,235 @@
+"""Strengths and settings, sums and multiples, and penalties of one's own."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxreg as jr
+from tests.registry import CASES, STRENGTH
+
+BAD_STRENGTHS = [
+    (-0.5, "-0.5"),
+    (float("nan"), "nan"),
+    (float("inf"), "inf"),
+    ([1.0, 2.0], "[1.0, 2.0]"),
+    (np.ones(1), "array([1.])"),
+    ("0.1", "'0.1'"),
+    (1j, "1j"),
+    (None, "None"),
+]
+ARGUMENTS = [
+    ("L1", "strength", jr.L1),
+    ("L2", "strength", jr.L2),
+    ("L1L2", "l1", lambda s: jr.L1L2(s, 0.1)),
+    ("L1L2", "l2", lambda s: jr.L1L2(0.1, s)),
+    ("GroupLasso", "strength", jr.GroupLasso),
+    ("KLSparsity", "strength", lambda s: jr.KLSparsity(s, target=0.1)),
+]
+
+
+@pytest.mark.parametrize(("penalty", "argument", "build"), ARGUMENTS, ids=lambda v: str(v)[:10])
+@pytest.mark.parametrize(("strength", "shown"), BAD_STRENGTHS, ids=lambda v: str(v))
+def test_bad_strength_is_named(penalty, argument, build, strength, shown):
+    message = (
+        f"`jaxreg.{penalty}({argument}=...)` must be a finite, non-negative scalar; got {shown}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(strength)
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, -0.1, float("nan"), [0.1]], ids=str)
+def test_bad_target_is_named(target):
+    message = f"`jaxreg.KLSparsity(target=...)` must be a scalar between 0 and 1; got {target!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jr.KLSparsity(1.0, target=target)
+
+
+@pytest.mark.parametrize(
+    "strength",
+    [1, 1.0, np.float32(1), np.int64(1), np.array(1.0), jnp.float32(1), jnp.bfloat16(1)],
+    ids=lambda s: f"{type(s).__name__}",
+)
+def test_any_concrete_scalar_is_a_strength(strength):
+    value = jr.L1(strength)(jnp.ones(3))
+    assert value == 3.0
+    assert value.dtype == jnp.float32
+
+
+def test_traced_strength_is_accepted_whatever_its_value():
+    value = jax.jit(lambda s: jr.L1L2(s, s)(jnp.ones(3)))(-1.0)
+    assert value == -6.0
+
+
+def test_traced_strength_must_be_a_scalar():
+    with pytest.raises(ValueError, match=r"`jaxreg.L1\(strength=...\)` must be a finite"):
+        jax.eval_shape(jr.L1, jnp.ones(3))
+
+
+def test_traced_complex_strength_is_an_error():
+    with pytest.raises(ValueError, match=r"`jaxreg.L1\(strength=...\)` must be a finite"):
+        jax.eval_shape(jr.L1, jnp.complex64(1))
+
+
+@pytest.mark.parametrize("axis", [2, -3, (0, 2), (0, 0), (0, -2)], ids=str)
+@pytest.mark.parametrize("method", ["__call__", "gradient", "prox"])
+def test_group_lasso_axis_out_of_range_is_an_error(axis, method):
+    penalty = jr.GroupLasso(1.0, axis=axis)
+    arguments = (jnp.ones((2, 3)), 0.1)[: 2 if method == "prox" else 1]
+    message = "must name an axis of the array, or several different ones; got axis="
+    with pytest.raises(ValueError, match=message + re.escape(f'{axis} for "x" of shape (2, 3)')):
+        getattr(penalty, method)(*arguments)
+
+
+def test_group_lasso_axis_of_a_scalar_is_an_error():
+    with pytest.raises(ValueError, match=r'must name an axis of the array.*got axis=0 for "x" of'):
+        jr.GroupLasso(1.0, axis=0)(jnp.float32(1.0))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: jr.GroupLasso(1.0, -1), lambda: jr.KLSparsity(1.0, 0.1)],  # type: ignore[call-arg]
+    ids=["GroupLasso", "KLSparsity"],
+)
+def test_settings_are_keyword_only(build):
+    with pytest.raises(TypeError, match="positional argument"):
+        build()
+
+
+def test_strength_is_a_leaf_and_settings_are_not():
+    assert jax.tree.leaves(jr.GroupLasso(0.5, axis=1)) == [0.5]
+    assert jax.tree.leaves(jr.KLSparsity(0.5, target=0.2)) == [0.5, 0.2]
+    structures: list[Any] = [jax.tree.structure(jr.GroupLasso(1.0, axis=a)) for a in (0, 1, 0)]
+    assert structures[0] != structures[1]
+    assert structures[0] == structures[2]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(jr.L1L2(1.0, 2.0))]
+    assert paths == [".l1", ".l2"]
+
+
+def test_penalties_are_frozen():
+    with pytest.raises(AttributeError, match="cannot assign to field 'strength'"):
+        jr.L1(1.0).strength = 2.0  # type: ignore[misc]
+
+
+MULTIPLES = {
+    "2*p": lambda p: 2 * p,
+    "p*2": lambda p: p * 2,
+    "np.float32(2)*p": lambda p: np.float32(2) * p,
+    "p*np.float32(2)": lambda p: p * np.float32(2),
+    "np.array(2.)*p": lambda p: np.array(2.0) * p,
+    "jnp.float32(2)*p": lambda p: jnp.float32(2) * p,
+    "p*jnp.float32(2)": lambda p: p * jnp.float32(2),
+}
+
+
+@pytest.mark.parametrize("multiply", MULTIPLES.values(), ids=MULTIPLES)
+def test_multiple_from_either_side(multiply):
+    for penalty in (jr.L1L2(1.0, 0.5), jr.L1(1.0) + jr.L2(0.5)):
+        doubled = multiply(penalty)
+        assert type(doubled) is type(penalty)
+        assert jax.tree.leaves(doubled) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_multiple_of_every_penalty_keeps_its_settings(case):
+    doubled = 2 * case.penalty
+    x = jnp.asarray(case.sample, jnp.float32)
+    np.testing.assert_allclose(doubled(x), case.formula(case.sample, 2 * STRENGTH), rtol=1e-5)
+
+
+def test_traced_multiple():
+    value = jax.jit(lambda c: (c * (jr.L1(1.0) + jr.L2(0.5)))(jnp.ones(2)))(3.0)
+    assert value == 9.0
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan")], ids=str)
+def test_multiple_keeps_the_strength_valid(factor):
+    with pytest.raises(ValueError, match=r"`jaxreg.L1\(strength=...\)` must be a finite, non-neg"):
+        factor * jr.L1(1.0)
+
+
+def test_array_times_penalty_is_an_error_and_not_an_object_array():
+    with pytest.raises(ValueError, match="must be a finite, non-negative scalar"):
+        np.ones(3) * jr.L1(1.0)
+
+
+@pytest.mark.parametrize("other", [1, 1.0, np.ones(2), None], ids=str)
+def test_adding_what_is_no_penalty_is_an_error(other):
+    with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs"):
+        jr.L1(1.0) + other
+
+
+def test_product_of_penalties_is_an_error():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        jr.L1(1.0) * jr.L1(1.0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("second", CASES, ids=str)
+def test_sum_adds_values_and_gradients(second):
+    first = jr.L1(0.7)
+    x = jnp.asarray(second.sample, jnp.float32)
+    both = first + second.penalty
+    assert isinstance(both, jr.Sum)
+    np.testing.assert_allclose(both(x), first(x) + second.penalty(x), rtol=1e-6)
+    gradients = jax.jit(lambda *penalties: [p.gradient(x) for p in penalties])
+    gradient, *parts = gradients(both, first, second.penalty)
+    np.testing.assert_allclose(gradient, sum(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_sums_are_flat_and_read_as_sums():
+    nested = (jr.L1(1.0) + jr.L2(2.0)) + (jr.L1(3.0) + jr.L2(4.0))
+    assert [type(term) for term in nested.terms] == [jr.L1, jr.L2, jr.L1, jr.L2]
+    assert repr(jr.L1(1.0) + jr.L2(2.0)) == "L1(strength=1.0) + L2(strength=2.0)"
+
+
+def test_sum_checks_every_term():
+    with pytest.raises(TypeError, match=r"`jaxreg\.KLSparsity` takes a real array"):
+        (jr.L1(1.0) + jr.KLSparsity(1.0, target=0.1))(jnp.ones((2, 2), jnp.complex64))
+
+
+class Quartic(jr.Separable):
+    def phi(self, x):
+        return x**4
+
+
+class Spread(jr.Statistic):
+    def sums(self, x, where):
+        return {"x": jnp.sum(x, 0, where=where), "x2": jnp.sum(x**2, 0, where=where)}
+
+    def of_means(self, means):
+        return jnp.sum(means["x2"] - means["x"] ** 2)
+
+
+def test_own_separable_penalty_needs_only_phi():
+    penalty = Quartic(0.5)
+    assert penalty(jnp.array([1.0, 2.0])) == 8.5
+    np.testing.assert_array_equal(penalty.gradient(jnp.array([1.0, 2.0])), [2.0, 16.0])
+    assert jax.tree.leaves(penalty) == [0.5]
+    with pytest.raises(ValueError, match=re.escape("`jaxreg.Quartic(strength=...)` must be a fin")):
+        Quartic(-1.0)
+    with pytest.raises(NotImplementedError, match=r"`jaxreg\.Quartic` has no closed-form"):
+        penalty.prox(jnp.ones(2), 0.1)
+
+
+def test_own_statistic_penalty_needs_sums_and_a_function_of_means():
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_allclose(Spread(2.0)(x), 2 * np.var(x, axis=0).sum(), rtol=1e-5)
+    mask = np.array([True, False, True, True, False])
+    masked = jr.penalize(x, Spread(2.0), mask=mask)
+    np.testing.assert_allclose(masked, 2 * np.var(x[mask], axis=0).sum(), rtol=1e-5)
+
+
+def test_penalties_add_up_by_sum():
+    x = jnp.array([1.0, -2.0])
+    assert sum([jr.L1(1.0), jr.L2(1.0)])(x) == 8.0
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + jr.L1(1.0)  # type: ignore[operator]
+
+
+def test_float8_is_added_up_in_float32():
+    value = jr.L1(1.0)(jnp.ones(1000, jnp.float8_e4m3fn))
+    assert value == 1000.0
+    assert value.dtype == jnp.float32

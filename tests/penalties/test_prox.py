@@ -1,0 +1,181 @@
+"""Proximal operators, against what defines them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxreg as jr
+from tests.registry import STRENGTH, WITH_PROX, Case
+
+every_prox = pytest.mark.parametrize("case", WITH_PROX, ids=str)
+
+
+@jax.jit
+def prox(penalty: jr.Penalty, x, step):
+    return penalty.prox(x, step)
+
+
+def inner(a, b) -> float:
+    return float(np.real(np.sum(a * np.conj(b))))
+
+
+def random_point(case: Case, rng, scale: float, dtype):
+    shape = case.sample.shape
+    x = rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype == np.complex128 else 0)
+    return scale * x
+
+
+@every_prox
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=["real", "complex"])
+def test_prox_residual_is_a_subgradient(case, dtype):
+    """x - z lies in t∂R(z): R(y) >= R(z) + <(x - z) / t, y - z> for every y."""
+    rng = np.random.default_rng(0)
+    zeros = 0
+    with jax.enable_x64():
+        for scale, step in [(0.3, 0.5), (1.0, 0.5), (3.0, 1.5), (1.0, 20.0)]:
+            x = random_point(case, rng, scale, dtype)
+            z = np.asarray(prox(case.penalty, jnp.asarray(x), step))
+            zeros += np.sum(z == 0)
+            subgradient = (x - z) / step
+            directions = [random_point(case, rng, 1.0, dtype) for _ in range(20)]
+            directions += [z, -z, x, -x, subgradient, -subgradient]
+            for index in np.ndindex(x.shape):
+                unit = np.zeros_like(x)
+                unit[index] = 1
+                directions += [unit, -unit, 1j * unit] if dtype == np.complex128 else [unit, -unit]
+            value = case.value(z)
+            for direction in directions:
+                for size in (1.0, 1e-4):
+                    ahead = case.value(z + size * direction)
+                    assert ahead - value >= size * inner(subgradient, direction) - 1e-11
+    assert zeros > 0 or case.name == "L2"
+
+
+@every_prox
+def test_prox_is_firmly_nonexpansive(case):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        a, b = (random_point(case, rng, 1.0, np.float64).astype(np.float32) for _ in range(2))
+        moved = prox(case.penalty, a, 0.7) - prox(case.penalty, b, 0.7)
+        assert inner(moved, moved) <= inner(moved, a - b) + 1e-5
+
+
+@every_prox
+def test_step_zero_is_the_identity(case):
+    x = jnp.asarray(case.sample, jnp.float32).at[0].set(0)
+    np.testing.assert_array_equal(prox(case.penalty, x, 0.0), x)
+
+
+@every_prox
+def test_zero_is_a_fixed_point_with_a_finite_jacobian(case):
+    zero = jnp.zeros(case.sample.shape)
+    derive = jax.jit(lambda x: jax.jvp(lambda x: case.penalty.prox(x, 0.7), (x,), (x + 1,)))
+    out, tangent = derive(zero)
+    np.testing.assert_array_equal(out, zero)
+    assert np.isfinite(tangent).all()
+
+
+@every_prox
+def test_prox_of_an_empty_array_is_empty(case):
+    x = jnp.zeros((0, *case.sample.shape[1:]))
+    assert prox(case.penalty, x, 0.7).shape == x.shape
+
+
+@every_prox
+def test_half_precision_is_kept_and_rounded_once(case):
+    x = jnp.asarray(case.sample, jnp.bfloat16)
+    z = prox(case.penalty, x, 0.7)
+    assert z.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        z, prox(case.penalty, x.astype(jnp.float32), 0.7).astype(jnp.bfloat16)
+    )
+
+
+@every_prox
+def test_a_wider_strength_or_step_does_not_widen_the_result(case):
+    with jax.enable_x64():
+        x = jnp.asarray(case.sample, jnp.float32)
+        strength, step = np.float64(STRENGTH), np.float64(0.7)
+        z = jax.eval_shape(lambda: case.build(strength).prox(x, step))
+    assert z.dtype == jnp.float32
+
+
+@every_prox
+def test_nan_and_inf_propagate(case):
+    first = (0,) * case.sample.ndim
+    x = jnp.asarray(case.sample, jnp.float32)
+    assert jnp.isnan(prox(case.penalty, x.at[first].set(jnp.nan), 100.0)[first])
+    assert prox(case.penalty, x.at[first].set(-jnp.inf), 0.1)[first] == -jnp.inf
+
+
+@every_prox
+def test_prox_under_jit_and_vmap_over_strength_and_step(case):
+    x = jnp.asarray(case.sample, jnp.float32)
+    strengths, steps = jnp.array([0.1, 0.4, 0.9]), jnp.array([0.2, 0.3, 1.5])
+    batched = jax.vmap(lambda s, t: prox(case.build(s), x, t))(strengths, steps)
+    for s, t, z in zip(strengths, steps, batched, strict=True):
+        np.testing.assert_allclose(prox(case.build(s), x, t), z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.L1(0.5), jr.L1L2(0.5, 0.0), jr.GroupLasso(0.5), jr.L1(0.5) + jr.L2(0.0)],
+    ids=["L1", "L1L2", "GroupLasso", "L1+L2"],
+)
+def test_soft_thresholding_zeroes_exactly(penalty):
+    x = jnp.array([3.0, -1.5, 1.0, -1.0, 0.25, 0.0])
+    z = penalty.prox(x, 2.0)
+    np.testing.assert_allclose(z, [2.0, -0.5, 0.0, 0.0, 0.0, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(z == 0, [False, False, True, True, True, True])
+
+
+def test_group_lasso_zeroes_whole_groups():
+    x = jnp.array([[3.0, 0.3], [4.0, 0.4]])
+    z = jr.GroupLasso(1.0, weighted=False).prox(x, 1.0)
+    np.testing.assert_allclose(z, [[2.4, 0.0], [3.2, 0.0]], rtol=1e-6)
+    np.testing.assert_array_equal(z[:, 1], 0.0)
+
+
+def test_l1_plus_l2_is_the_elastic_net_in_either_order():
+    x = jnp.linspace(-2, 2, 9)
+    expected = jr.L1L2(l1=0.3, l2=0.8).prox(x, 0.7)
+    np.testing.assert_allclose((jr.L1(0.3) + jr.L2(0.8)).prox(x, 0.7), expected, rtol=1e-6)
+    np.testing.assert_allclose((jr.L2(0.8) + jr.L1(0.3)).prox(x, 0.7), expected, rtol=1e-6)
+    assert np.sum(expected == 0) == 1
+
+
+def test_separable_prox_takes_a_step_for_each_entry():
+    x, step = jnp.array([1.0, -2.0, 3.0]), jnp.array([0.5, 1.0, 5.0])
+    np.testing.assert_array_equal(jr.L1(1.0).prox(x, step), [0.5, -1.0, 0.0])
+    np.testing.assert_allclose(jr.L2(0.5).prox(x, step), [1 / 1.5, -1.0, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.L1(1.0) + jr.GroupLasso(1.0), jr.L2(1.0) + jr.L1(1.0) + jr.L1L2(1.0, 1.0)],
+    ids=["L1+GroupLasso", "L2+L1+L1L2"],
+)
+def test_sum_without_a_closed_form_says_so(penalty):
+    with pytest.raises(
+        NotImplementedError, match="only where at most one term is not an L2; got L"
+    ):
+        penalty.prox(jnp.ones((2, 2)), 0.1)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.KLSparsity(1.0, target=0.2), jr.KLSparsity(1.0, target=0.2) + jr.L2(1.0)],
+    ids=["KLSparsity", "KLSparsity+L2"],
+)
+def test_penalty_without_a_closed_form_names_those_that_have_one(penalty):
+    message = r"`jaxreg.KLSparsity` has no closed-form .* GroupLasso, L1, L1L2, L2\b"
+    with pytest.raises(NotImplementedError, match=message):
+        penalty.prox(jnp.full((2, 2), 0.5), 0.1)
+
+
+def test_prox_checks_its_input():
+    with pytest.raises(
+        TypeError, match=r"`jaxreg\.L1` takes a floating-point array; got dtype int32"
+    ):
+        jr.L1(1.0).prox(jnp.arange(3), 0.1)

@@ -1,0 +1,126 @@
+"""The examples run, and what they claim holds already in their quick runs."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+Rows = dict[tuple[str, float], dict[str, float]]
+
+
+def run(script, directory):
+    """Return what an example prints; it runs as a user runs it."""
+    completed = subprocess.run(
+        [sys.executable, EXAMPLES / script, "--quick"],
+        cwd=directory,
+        env={
+            **os.environ,
+            "MPLBACKEND": "Agg",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONIOENCODING": "utf-8",
+        },
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def table(printed: str, first_line: str) -> Rows:
+    """Return a printed table's means, by network and strength; shares as fractions."""
+    lines = iter(printed.splitlines())
+    assert any(line.startswith(first_line) for line in lines), f"no {first_line!r} in:\n{printed}"
+    header: list[str] = []
+    rows: Rows = {}
+    for line in lines:
+        if not header:
+            header = re.split(r"\s{2,}", line)
+        elif "±" in line:
+            name, strength, *cells = re.split(r"\s{2,}", line)
+            means = [re.fullmatch(r"(\S+?)(%?) ± \S+", cell) for cell in cells]
+            values = [float(m[1]) / (100 if m[2] else 1) for m in means if m]
+            rows[name, float(strength)] = dict(zip(header[2:], values, strict=True))
+        else:
+            break
+    return rows
+
+
+@pytest.fixture(scope="module")
+def linen(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kernel_vs_activity")
+    return run("kernel_vs_activity.py", directory), directory
+
+
+@pytest.fixture(scope="module")
+def nnx(tmp_path_factory):
+    return run("sparse_autoencoder_nnx.py", tmp_path_factory.mktemp("nnx"))
+
+
+def test_only_the_activity_penalty_unsaturates_without_harm(linen):
+    rows = table(linen[0], "1. Saturation")
+    assert len(rows) == 9
+    plain = rows["no penalty", 0]
+    assert plain["largest |weight|"] < 0.3
+    assert plain["saturated"] > 0.4
+
+    for strength in (1e-4, 1e-3, 1e-2):
+        helped = rows["activity L2", strength]
+        assert helped["saturated"] < 0.05
+        assert helped["accuracy"] > plain["accuracy"] + 0.03
+
+    assert rows["kernel L2", 1e-3]["saturated"] > plain["saturated"] - 0.1
+    for strength in (1e-4, 1e-3, 1e-2, 1e-1):
+        network = rows["kernel L2", strength]
+        assert network["saturated"] > 0.2 or network["accuracy"] < plain["accuracy"] - 0.1
+
+
+def assert_soft_limit_beats_hard(rows):
+    hard, wide = rows["10 units", 0], rows["100 units", 0]
+    assert hard["active units"] <= 10
+    assert wide["active units"] > 60
+    sweep = [row for (name, strength), row in rows.items() if name == "100 units"]
+    active = [row["active units"] for row in sweep]
+    assert active == sorted(active, reverse=True)
+    # Fewer epochs need a weaker penalty than the full run's 0.02 for about ten active units.
+    soft = rows["100 units", 0.01]
+    assert 8 < soft["active units"] < 14
+    assert soft["test error (MSE)"] < 0.8 * hard["test error (MSE)"]
+
+
+def test_a_soft_limit_reconstructs_better_than_a_hard_one(linen):
+    rows = table(linen[0], "2. Soft limit")
+    assert len(rows) == 7
+    assert_soft_limit_beats_hard(rows)
+
+
+def test_only_prox_gives_exact_zeros(linen):
+    rows = table(linen[0], "3. Exact zeros")
+    assert len(rows) == 3
+    subgradient, prox = rows["subgradient", 1e-3], rows["prox", 1e-3]
+    assert rows["no penalty", 0]["exactly zero"] == 0
+    assert subgradient["exactly zero"] == 0
+    assert subgradient["below 0.001"] > 0.2
+    assert prox["exactly zero"] > 0.2
+    assert abs(prox["accuracy"] - subgradient["accuracy"]) < 0.03
+
+
+def test_the_figure_is_a_png_of_three_panels(linen):
+    data = (linen[1] / "kernel_vs_activity.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert 1000 < width < 4000
+    assert 2 < width / height < 5
+    assert len(data) > 20_000
+
+
+def test_nnx_tells_the_same_story(nnx):
+    rows = table("\n" + nnx, "")
+    assert len(rows) == 5
+    assert_soft_limit_beats_hard(rows)

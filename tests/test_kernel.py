@@ -1,0 +1,368 @@
+"""Penalties of parameter trees."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import chex
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxreg as jr
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(5, 3, name="embed")(ids)
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(2, bias_init=nn.initializers.ones, name="dense")(x)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return jax.jit(Net().init)(jax.random.key(0), jnp.zeros(2, jnp.int32))["params"]
+
+
+def sum_of_squares(*leaves) -> Any:
+    return sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in leaves)
+
+
+@pytest.mark.parametrize("wrap", [dict, flax.core.freeze], ids=["dict", "FrozenDict"])
+def test_bare_penalty_means_kernels_and_embeddings(params, wrap):
+    value = jr.kernel(jr.L2(0.5))(wrap(params))
+    expected = 0.5 * sum_of_squares(params["dense"]["kernel"], params["embed"]["embedding"])
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_bare_penalty_wants_the_whole_last_segment():
+    tree = {"my_kernel": jnp.ones(1), "kernels": jnp.ones(2), "kernel": jnp.ones(4)}
+    assert jr.kernel(jr.L1(1.0))(tree) == 4.0
+
+
+def test_none_exempts(params):
+    value = jr.kernel({"dense/*": None, "**": jr.L2(1.0)})(params)
+    leaves = [params["embed"]["embedding"], params["norm"]["bias"], params["norm"]["scale"]]
+    np.testing.assert_allclose(value, sum_of_squares(*leaves), rtol=1e-6)
+
+
+class Weights(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    layers: list[Weights]
+    pair: tuple[jax.Array, jax.Array]
+
+
+def test_paths_of_any_pytree():
+    ones = jnp.ones
+    model = Model([Weights(ones(1), ones(2)), Weights(ones(4), ones(8))], (ones(16), ones(32)))
+    assert jr.kernel({"layers/*/kernel": jr.L1(1.0)})(model) == 5.0
+    assert jr.kernel({"layers/1/**": jr.L1(1.0)})(model) == 12.0
+    assert jr.kernel({"pair/1": jr.L1(1.0)})(model) == 32.0
+    gradient = jr.kernel({"pair/1": jr.L1(1.0)}).gradient(model)
+    assert isinstance(gradient, Model)
+    np.testing.assert_array_equal(gradient.pair[1], ones(32))
+    np.testing.assert_array_equal(gradient.layers[0].bias, [0, 0])
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(2, 2, rngs=rngs)
+        self.second = nnx.Linear(2, 2, rngs=rngs)
+        self.second.kernel = self.first.kernel
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+
+def test_nnx_state_counts_a_shared_variable_once():
+    model = Tied()
+    state = nnx.state(model, nnx.Param)
+    expected = sum_of_squares(model.first.kernel[...])
+    np.testing.assert_allclose(jr.kernel(jr.L2(1.0))(state), expected, rtol=1e-6)
+    np.testing.assert_allclose(jr.kernel({"first/kernel": jr.L2(1.0)})(state), expected, rtol=1e-6)
+    gradient = jr.kernel(jr.L2(1.0)).gradient(state)
+    assert jax.tree.structure(gradient) == jax.tree.structure(state)  # type: ignore[operator]
+    np.testing.assert_allclose(gradient.first.kernel[...], 2 * model.first.kernel[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model}])
+def test_nnx_module_itself_would_count_a_shared_variable_twice_and_is_an_error(wrap):
+    with pytest.raises(TypeError, match=r"Pass `nnx.state\(model, nnx.Param\)`"):
+        jr.kernel(jr.L2(1.0))(wrap(Tied()))
+
+
+def test_sharding_metadata_adds_nothing_to_paths():
+    dense = nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "model")))
+    boxed = dense.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    assert isinstance(boxed["kernel"], nn.Partitioned)
+    assert jr.kernel({"kernel": jr.L1(1.0)})(boxed) == 6.0
+    assert jr.kernel(jr.L1(1.0))(boxed) == 6.0
+    assert "/value" not in jr.kernel(jr.L1(1.0)).describe(boxed)
+    gradient = jr.kernel(jr.L1(1.0)).gradient(boxed)
+    assert isinstance(gradient["kernel"], nn.Partitioned)
+    np.testing.assert_array_equal(gradient["kernel"].value, jnp.ones((3, 2)))
+
+
+def test_float64_leaves_are_added_up_in_float64():
+    with jax.enable_x64():
+        value = jr.kernel({"**": jr.L1(1.0)})({"a": jnp.ones(1) / 3, "b": jnp.float32(1)})
+        assert value.dtype == jnp.float64
+        assert value == 1 + 1 / 3
+
+
+UNPENALIZED = {
+    "int": (jnp.arange(3), "of dtype int32"),
+    "bool": (jnp.ones(2, bool), "of dtype bool"),
+    "key": (jax.random.key(0), "of dtype key<"),
+    "none": (None, "a NoneType"),
+    "masked": (optax.MaskedNode(), "a MaskedNode"),
+}
+
+
+def tree_with(leaf):
+    return {"layer": {"kernel": jnp.full(2, 3.0), "other": leaf}}
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf, _ in UNPENALIZED.values()], ids=UNPENALIZED)
+def test_wildcard_skips_what_is_no_parameter(leaf):
+    kernel = jr.kernel({"**": jr.L1(1.0)})
+    tree = tree_with(leaf)
+    assert kernel(tree) == 6.0
+    gradient = kernel.gradient(tree)
+    assert jax.tree.structure(gradient) == jax.tree.structure(tree)  # type: ignore[operator]
+    np.testing.assert_array_equal(gradient["layer"]["kernel"], [1.0, 1.0])
+    shrunk = kernel.prox(tree, 1.0)
+    np.testing.assert_array_equal(shrunk["layer"]["kernel"], [2.0, 2.0])
+    assert shrunk["layer"]["other"] is leaf
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf, _ in UNPENALIZED.values()], ids=UNPENALIZED)
+def test_describe_shows_what_is_no_parameter_as_exempt(leaf):
+    table = jr.kernel({"**": jr.L1(1.0)}).describe(tree_with(leaf))
+    assert re.search(r"^layer/other .* exempt +-$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("leaf", "kind"), UNPENALIZED.values(), ids=UNPENALIZED)
+def test_spelling_out_what_is_no_parameter_is_an_error(leaf, kind):
+    message = (
+        '`jaxreg.kernel` cannot penalize "layer/other": it takes floating-point arrays, and this'
+        f" leaf is {kind}"
+    )
+    kernel = jr.kernel({"layer/other": jr.L1(1.0), "**": jr.L1(1.0)})
+    with pytest.raises(TypeError, match=re.escape(message)):
+        kernel(tree_with(leaf))
+
+
+def test_spelling_it_out_to_exempt_it_is_fine():
+    kernel = jr.kernel({"layer/other": None, "**": jr.L1(1.0)})
+    assert kernel(tree_with(jnp.arange(3))) == 6.0
+
+
+def test_wildcard_that_only_finds_integers_wins_nothing():
+    message = 'it matches "layer/other", which is not a floating-point array, or is masked.'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jr.kernel({"**/other": jr.L1(1.0)})(tree_with(jnp.arange(3)))
+
+
+def test_python_float_counts_the_same_with_and_without_jit():
+    kernel = jr.kernel({"**": jr.L1(1.0)})
+    tree = {"weight": jnp.ones(2), "gain": 3.0}
+    assert kernel(tree) == jax.jit(kernel)(tree)
+
+
+def test_axis_error_names_leaf_and_shape():
+    kernel = jr.kernel({"**": jr.GroupLasso(1.0, axis=3)})
+    message = (
+        "`jaxreg.GroupLasso(axis=...)` must name an axis of the array, or several different ones;"
+        ' got axis=3 for "head/kernel" of shape (64, 10).'
+    )
+    tree = {"head": {"kernel": jnp.ones((64, 10))}}
+    for call in (kernel, kernel.gradient, kernel.describe, lambda p: kernel.prox(p, 0.1)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(tree)
+
+
+def test_complex_leaf_error_names_leaf():
+    kernel = jr.kernel({"**": jr.KLSparsity(1.0, target=0.1)})
+    message = '`jaxreg.KLSparsity` takes a real array; got dtype complex64 for "a/b" of shape (2,)'
+    with pytest.raises(TypeError, match=re.escape(message)):
+        kernel({"a": {"b": jnp.ones(2, jnp.complex64)}})
+
+
+@pytest.mark.parametrize("tree", [{}, {"a": {}}, (), None], ids=str)
+def test_empty_tree_is_zero(tree):
+    kernel = jr.kernel(jr.L1(1.0), strict=tree is not None)
+    value = kernel(tree)
+    assert value == 0.0
+    assert value.dtype == jnp.float32
+    assert kernel.gradient(tree) == tree
+
+
+RULES = {
+    "norm/*": None,
+    "embed/*": jr.GroupLasso(0.1),
+    "**/bias": jr.L1(0.2),
+    "**/kernel": jr.L2(0.3) + jr.L1(0.4),
+}
+
+
+def test_gradient_is_that_of_jax_grad(params):
+    kernel = jr.kernel(RULES)
+    mixed = {**params, "dense": jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["dense"])}
+    gradient, expected = jax.jit(lambda k, p: (k.gradient(p), jax.grad(k)(p)))(kernel, mixed)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, mixed)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-6)
+    np.testing.assert_array_equal(gradient["norm"]["scale"], jnp.zeros(3))
+    assert np.all(np.asarray(gradient["dense"]["bias"], np.float32) != 0)
+
+
+def test_prox_moves_penalized_leaves_and_nothing_else(params):
+    kernel = jr.kernel({"dense/kernel": jr.L1(1.0), "embed/*": jr.L2(1.0)})
+    moved = kernel.prox(params, 0.25)
+    expected = jr.L1(1.0).prox(params["dense"]["kernel"], 0.25)
+    np.testing.assert_array_equal(moved["dense"]["kernel"], expected)
+    np.testing.assert_allclose(
+        moved["embed"]["embedding"], params["embed"]["embedding"] / 1.5, rtol=1e-6
+    )
+    assert moved["norm"]["scale"] is params["norm"]["scale"]
+    assert moved["dense"]["bias"] is params["dense"]["bias"]
+
+
+def test_prox_without_a_closed_form_is_an_error(params):
+    kernel = jr.kernel({"**/kernel": jr.KLSparsity(1.0, target=0.1)})
+    with pytest.raises(NotImplementedError, match=r"`jaxreg\.KLSparsity` has no closed-form"):
+        kernel.prox(params, 0.1)
+
+
+def test_map_takes_other_leaves_from_the_exempt_tree(params):
+    kernel = jr.kernel({"dense/kernel": jr.L2(0.5)})
+    other = jax.tree.map(jnp.ones_like, params)
+    seen = []
+
+    def function(penalty, leaf, one):
+        seen.append((penalty, leaf.shape, one.shape))
+        return leaf - one
+
+    mapped = kernel.map(function, params, other, exempt=other)
+    assert seen == [(jr.L2(0.5), (3, 2), (3, 2))]
+    assert mapped["norm"]["bias"] is other["norm"]["bias"]
+    np.testing.assert_array_equal(mapped["dense"]["kernel"], params["dense"]["kernel"] - 1)
+
+
+def test_describe_shows_every_leaf_and_the_total(params):
+    kernel = jr.kernel(RULES)
+    header, *rows, total = [re.split(r"\s{2,}", row) for row in kernel.describe(params).split("\n")]
+    assert header == ["leaf", "shape", "rule", "penalty", "value"]
+    table = {path: (shape, rule, penalty) for path, shape, rule, penalty, _ in rows}
+    assert table == {
+        "dense/bias": ("(2,)", '"**/bias"', repr(RULES["**/bias"])),
+        "dense/kernel": ("(3, 2)", '"**/kernel"', repr(RULES["**/kernel"])),
+        "embed/embedding": ("(5, 3)", '"embed/*"', repr(RULES["embed/*"])),
+        "norm/bias": ("(3,)", '"norm/*"', "exempt"),
+        "norm/scale": ("(3,)", '"norm/*"', "exempt"),
+    }
+    values = [float(value) for *_, value in rows if value != "-"]
+    np.testing.assert_allclose(sum(values), kernel(params), rtol=1e-5)
+    assert total[0] == "total"
+    np.testing.assert_allclose(float(total[1]), kernel(params), rtol=1e-5)
+
+
+def test_describe_marks_leaves_without_a_rule():
+    table = jr.kernel({"a": jr.L1(1.0)}).describe({"a": jnp.ones(2), "b": jnp.ones(2)})
+    assert re.search(r"^b +\(2,\) +- +exempt +-$", table, re.MULTILINE)
+
+
+def test_columns_of_describe_line_up(params):
+    lines = jr.kernel(RULES).describe(params).split("\n")
+    column = lines[0].index("value")
+    assert all(re.search(r"\s{2}$", line[:column]) for line in lines)
+    assert all(line[column] != " " for line in lines)
+
+
+def test_kernel_is_a_pytree_of_strengths_that_does_not_retrace(params):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def penalty(kernel, params):
+        return kernel(params)
+
+    assert jax.tree.leaves(jr.kernel(RULES)) == [0.1, 0.2, 0.3, 0.4]
+    for factor in (1.0, 2.0):
+        kernel = jax.tree.map(lambda s, factor=factor: s * factor, jr.kernel(RULES))
+        expected = factor * jr.kernel(RULES)(params)
+        np.testing.assert_allclose(penalty(kernel, params), expected, rtol=1e-6)
+    # Rebuilt in every step, with a regular expression too.
+    for strength in (0.5, 1.0):
+        rules: Any = {re.compile(".*kernel"): jr.L1(strength)}
+        rebuilt = jr.kernel(rules)
+        chex.clear_trace_counter()
+        np.testing.assert_allclose(penalty(rebuilt, params), rebuilt(params), rtol=1e-6)
+
+
+def test_strength_can_be_differentiated_and_scheduled_inside_a_step(params):
+    def penalty(strength):
+        return jr.kernel(jr.L2(strength))(params)
+
+    slope = jax.jit(jax.grad(penalty))(0.1)
+    np.testing.assert_allclose(slope, jr.kernel(jr.L2(1.0))(params), rtol=1e-6)
+
+
+def test_sharded_parameters_give_what_one_device_gives():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    weights = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    kernel = jr.kernel({"rows": jr.GroupLasso(0.3), "columns": jr.L1(0.2) + jr.L2(0.1)})
+    tree = {"rows": weights, "columns": weights}
+    sharded = {
+        "rows": jax.device_put(weights, NamedSharding(mesh, PartitionSpec("data"))),
+        "columns": jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, "data"))),
+    }
+    assert len(sharded["rows"].sharding.device_set) == 8
+    both = jax.jit(lambda p: (kernel(p), kernel.gradient(p)))
+    chex.assert_trees_all_close(both(sharded), both(tree), rtol=1e-5)
+    np.testing.assert_allclose(both(sharded)[0], kernel(tree), rtol=1e-5)
+
+
+def test_gradient_does_not_compute_the_value():
+    weights = {"kernel": jnp.ones((8, 8))}
+    kernel = jr.kernel(jr.L1(0.1) + jr.L2(0.1))
+    value, gradient = (
+        str(jax.jit(f).lower(weights).compile().as_text()) for f in (kernel, kernel.gradient)
+    )
+    assert " reduce(" in value
+    assert " reduce(" not in gradient
+
+
+def test_gradient_leaves_alone_what_is_no_array():
+    tree = {"kernel": jnp.array([2.0]), "activation": jnp.tanh, "steps": jnp.arange(2)}
+    gradient = jr.kernel(jr.L2(1.0)).gradient(tree)
+    assert gradient["activation"] is jnp.tanh
+    np.testing.assert_array_equal(gradient["kernel"], [4.0])
+    np.testing.assert_array_equal(gradient["steps"], [0, 0])
+
+
+def test_a_name_with_brackets_can_be_spelt_out():
+    assert jr.kernel({"a[0]": jr.L1(1.0)})({"a[0]": jnp.ones(2), "b": jnp.ones(3)}) == 2.0
+
+
+def test_a_bare_array_is_the_top():
+    assert jr.kernel({".": jr.L1(1.0)})(jnp.ones(3)) == 3.0
+
+
+@pytest.mark.parametrize("rules", [0.1, None, [("**", jr.L1(1.0))]], ids=["float", "none", "list"])
+def test_rules_that_are_no_mapping_are_an_error(rules):
+    with pytest.raises(TypeError, match=r"`jaxreg\.kernel` takes a mapping from patterns"):
+        jr.kernel(rules)
