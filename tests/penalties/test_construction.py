@@ -224,9 +224,10 @@ def test_own_statistic_penalty_needs_sums_and_a_function_of_means():
 
 def test_penalties_add_up_by_sum():
     x = jnp.array([1.0, -2.0])
-    assert sum([jr.L1(1.0), jr.L2(1.0)])(x) == 8.0
+    both: Any = sum([jr.L1(1.0), jr.L2(1.0)])
+    assert both(x) == 8.0
     with pytest.raises(TypeError, match="unsupported operand"):
-        1 + jr.L1(1.0)  # type: ignore[operator]
+        1 + jr.L1(1.0)
 
 
 def test_float8_is_added_up_in_float32():
