@@ -121,6 +121,6 @@ def test_the_figure_is_a_png_of_three_panels(linen):
 
 
 def test_nnx_tells_the_same_story(nnx):
-    rows = table("\n" + nnx, "")
+    rows = table(nnx, "Soft limit")
     assert len(rows) == 5
     assert_soft_limit_beats_hard(rows)
