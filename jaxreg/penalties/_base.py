@@ -311,6 +311,12 @@ def real_dtype(x: jax.Array) -> Any:
     return jnp.real(x).dtype
 
 
+def modulus(x: jax.Array) -> jax.Array:
+    """Return the modulus of each entry, with derivative 0 at 0."""
+    # The derivative of `jnp.abs` at a real 0 is 1.
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x * jnp.sign(x)
+
+
 def divide(total: jax.Array, count: jax.Array | None) -> jax.Array:
     """Return total / count; the total itself for None, and 0 for a count of 0."""
     if count is None:

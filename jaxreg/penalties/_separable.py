@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, Separable, divide
+from ._base import Penalty, Separable, divide, modulus
 
 
 class L1(Separable):
@@ -41,8 +41,7 @@ class L1(Separable):
     takes_complex: ClassVar[bool] = True
 
     def phi(self, x: jax.Array) -> jax.Array:
-        # The derivative of `jnp.abs` at a real 0 is 1; that of x · sign(x) is the subgradient 0.
-        return jnp.abs(x) if jnp.iscomplexobj(x) else x * jnp.sign(x)
+        return modulus(x)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         return _soft_threshold(x, step * self.strength)

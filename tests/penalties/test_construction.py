@@ -234,3 +234,47 @@ def test_float8_is_added_up_in_float32():
     value = jr.L1(1.0)(jnp.ones(1000, jnp.float8_e4m3fn))
     assert value == 1000.0
     assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: jr.Huber(1.0, delta=0.0), "`jaxreg.Huber(delta=...)` must be a positive, finite"),
+        (lambda: jr.Lp(1.0, p=2.5), "`jaxreg.Lp(p=...)` must be a scalar in (0, 2]; got 2.5"),
+        (lambda: jr.Lp(1.0, p=1, epsilon=0), "`jaxreg.Lp(epsilon=...)` must be a positive, fin"),
+        (lambda: jr.LogSum(1.0, epsilon=-1.0), "`jaxreg.LogSum(epsilon=...)` must be a positive"),
+        (lambda: jr.MCP(1.0, knot=0.0), "`jaxreg.MCP(knot=...)` must be a positive, finite"),
+        (lambda: jr.SCAD(1.0, threshold=1.0, a=1.0), "`jaxreg.SCAD(a=...)` must be a finite sc"),
+        (lambda: jr.SCAD(1.0, threshold=0.0), "`jaxreg.SCAD(threshold=...)` must be a positive"),
+        (lambda: jr.CappedL1(1.0, cap=0.0), "`jaxreg.CappedL1(cap=...)` must be a positive"),
+        (lambda: jr.RangeHinge(1.0, lower=2.0, upper=1.0), "must be in this order; got lower=2.0"),
+        (lambda: jr.RangeHinge(1.0, upper=float("nan")), "`jaxreg.RangeHinge(upper=...)` must be"),
+        (lambda: jr.RangeHinge(1.0, power=3), "`jaxreg.RangeHinge(power=...)` must be 1 or 2"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+def test_range_hinge_bounds_one_side():
+    x = jnp.array([-3.0, 0.0, 5.0])
+    assert jr.RangeHinge(1.0, upper=1.0)(x) == 4.0
+    assert jr.RangeHinge(1.0, lower=-1.0, power=2)(x) == 4.0
+    np.testing.assert_array_equal(jr.RangeHinge(1.0, upper=1.0).gradient(x), [0.0, 0.0, 1.0])
+    np.testing.assert_array_equal(jr.RangeHinge(1.0, upper=1.0).prox(x, 1.5), [-3.0, 0.0, 3.5])
+    at_bounds = jr.RangeHinge(1.0, lower=-3.0, upper=5.0).gradient(x)
+    np.testing.assert_array_equal(at_bounds, [0.0, 0.0, 0.0])
+
+
+def test_log_cosh_keeps_its_digits_near_zero_and_does_not_overflow():
+    x = jnp.array([1e-3, 1e4])
+    np.testing.assert_allclose(jr.LogCosh(1.0).phi(x), [5e-7, 1e4 - np.log(2)], rtol=1e-6)
+
+
+def test_gradients_at_the_knots_are_as_documented():
+    x = jnp.array([1.0, -1.0])
+    np.testing.assert_array_equal(jr.CappedL1(1.0, cap=1.0).gradient(x), [0.0, 0.0])
+    np.testing.assert_array_equal(jr.MCP(1.0, knot=1.0).gradient(x), [0.0, 0.0])
+    np.testing.assert_array_equal(jr.SCAD(1.0, threshold=1.0).gradient(x), [1.0, -1.0])
+    np.testing.assert_array_equal(jr.Huber(2.0, delta=1.0).gradient(x), [2.0, -2.0])

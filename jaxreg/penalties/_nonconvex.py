@@ -1,0 +1,333 @@
+"""Penalties that are a sum of one nonconvex function over the entries: sparse, with less bias."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ._base import Separable, modulus
+
+
+class Lp(Separable):
+    r"""The p-th power of the absolute values, smoothed at zero; convex from p = 1 on.
+
+    $$ R(x) = s \sum_i (x_i^2 + \epsilon^2)^{p/2} - \epsilon^p $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        p: the power, in (0, 2]. A leaf, like the strength.
+        epsilon: ε > 0, in the units of x: below it the penalty is quadratic. A leaf.
+
+    Gradient:
+        s · p · x · (x² + ε²)^(p/2 − 1); smooth, and 0 at 0.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, a
+            concrete p outside (0, 2], or a concrete ε that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> round(float(jr.Lp(1.0, p=0.5)(jnp.array([4.0, 0.0]))), 3)
+        1.968
+
+    References:
+        Chartrand and Yin, Iteratively reweighted algorithms for compressive sensing, ICASSP, 2008.
+    """
+
+    p: ArrayLike = dataclasses.field(kw_only=True)
+    epsilon: ArrayLike = dataclasses.field(default=1e-3, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("p", "a scalar in (0, 2]", lambda p: 0 < p <= 2)
+        self._require("epsilon", "a positive, finite scalar", lambda e: 0 < e < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        p, epsilon = jnp.asarray(self.p, x.dtype), jnp.asarray(self.epsilon, x.dtype)
+        # ε^p ((1 + (x/ε)²)^(p/2) − 1), which keeps its digits where x is small.
+        return epsilon**p * jnp.expm1(p / 2 * jnp.log1p(jnp.square(x / epsilon)))
+
+
+class LogSum(Separable):
+    r"""The sum of logarithms, whose iterative linearization is the reweighted L1.
+
+    $$ R(x) = s \sum_i \log\!\left(1 + \frac{|x_i|}{\epsilon}\right) $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        epsilon: ε > 0, in the units of x. A leaf, like the strength.
+
+    Gradient:
+        s · sign(x) / (ε + |x|), and 0 at 0.
+
+    Prox:
+        sign(x) · z, where z is 0 or the larger root ½(|x| − ε + √((|x| + ε)² − 4·t·s)), whichever
+        has the smaller objective ½(z − |x|)² + t·s·φ(z).
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
+            concrete ε that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> round(float(jr.LogSum(1.0, epsilon=1.0)(jnp.array([1.0, 0.0]))), 4)
+        0.6931
+
+    References:
+        Candès, Wakin and Boyd, Enhancing sparsity by reweighted ℓ1 minimization, Journal of Fourier
+        Analysis and Applications 14, 2008. Prater-Bennette, Shen and Tripp, The proximity operator
+        of the log-sum penalty, Journal of Scientific Computing 93, 2022.
+    """
+
+    epsilon: ArrayLike = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("epsilon", "a positive, finite scalar", lambda e: 0 < e < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        return jnp.log1p(modulus(x) / jnp.asarray(self.epsilon, x.dtype))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale, epsilon = step * self.strength, jnp.asarray(self.epsilon, x.dtype)
+        size = jnp.abs(x)
+        square = jnp.square(size + epsilon) - 4 * scale
+        # Without a root the objective increases from 0 on.
+        root = jnp.sqrt(jnp.where(square > 0, square, 1))
+        shrunk = jnp.maximum(size - 2 * scale / (size + epsilon + root), 0)
+        return _best(self.phi, x, scale, jnp.where(square > 0, shrunk, 0))
+
+
+class MCP(Separable):
+    r"""The minimax concave penalty: L1 near zero, constant away from it.
+
+    $$ R(x) = s \sum_i \begin{cases} |x_i| - \dfrac{x_i^2}{2\kappa} & |x_i| \le \kappa \\
+                                     \dfrac{\kappa}{2} & \text{otherwise} \end{cases} $$
+
+    The paper's MCP with λ and γ is `MCP(λ, knot=γ * λ)`.
+
+    Args:
+        strength: s, a non-negative scalar.
+        knot: κ > 0, in the units of x: from here on entries are not shrunk. A leaf, like the
+            strength.
+
+    Gradient:
+        s · sign(x) · max(1 − |x| / κ, 0), and 0 at 0.
+
+    Prox:
+        With w = t·s. For w < κ firm thresholding: 0 up to w, sign(x) · (|x| − w) / (1 − w/κ) up to
+        κ, x beyond. For w ≥ κ hard thresholding: 0 up to √(w·κ), x beyond.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
+            concrete knot that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> jr.MCP(1.0, knot=2.0).prox(jnp.array([0.5, 1.5, 5.0]), step=1.0).tolist()
+        [0.0, 1.0, 5.0]
+
+    References:
+        Zhang, Nearly unbiased variable selection under minimax concave penalty, Annals of
+        Statistics 38(2), arXiv:1002.4734, 2010.
+    """
+
+    knot: ArrayLike = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("knot", "a positive, finite scalar", lambda knot: 0 < knot < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        knot = jnp.asarray(self.knot, x.dtype)
+        near = jnp.clip(x, -knot, knot)
+        return modulus(near) - jnp.square(near) / (2 * knot)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale, knot = step * self.strength, jnp.asarray(self.knot, x.dtype)
+        size = jnp.abs(x)
+        inner = _ratio(size - scale, 1 - scale / knot)
+        return _best(self.phi, x, scale, jnp.clip(inner, 0, knot), jnp.maximum(size, knot))
+
+
+class SCAD(Separable):
+    r"""Smoothly clipped absolute deviation: L1 near zero, then quadratic, then constant.
+
+    $$ R(x) = s \sum_i \begin{cases} |x_i| & |x_i| \le \theta \\
+         \dfrac{2 a \theta |x_i| - x_i^2 - \theta^2}{2 (a - 1) \theta}
+             & \theta < |x_i| \le a\theta \\
+         \dfrac{(a + 1)\,\theta}{2} & \text{otherwise} \end{cases} $$
+
+    The paper's SCAD with λ is `SCAD(λ, threshold=λ)`.
+
+    Args:
+        strength: s, a non-negative scalar.
+        threshold: θ > 0, in the units of x: where L1 ends. A leaf, like the strength.
+        a: a > 1; from aθ on entries are not shrunk. A leaf. The default is the paper's.
+
+    Gradient:
+        s · sign(x) · clip((aθ − |x|) / ((a − 1)θ), 0, 1), and 0 at 0.
+
+    Prox:
+        The best, by its objective, of the minimizers in the three pieces.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, a
+            concrete threshold that is not positive, or a concrete a that is not above 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> jr.SCAD(1.0, threshold=1.0).prox(jnp.array([0.5, 1.5, 5.0]), step=1.0).tolist()
+        [0.0, 0.5, 5.0]
+
+    References:
+        Fan and Li, Variable selection via nonconcave penalized likelihood and its oracle
+        properties, Journal of the American Statistical Association 96(456), 2001.
+    """
+
+    threshold: ArrayLike = dataclasses.field(kw_only=True)
+    a: ArrayLike = dataclasses.field(default=3.7, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("threshold", "a positive, finite scalar", lambda t: 0 < t < math.inf)
+        self._require("a", "a finite scalar above 1", lambda a: 1 < a < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        threshold, end = self._knots(x)
+        size = modulus(jnp.clip(x, -end, end))
+        over = jax.nn.relu(size - threshold)
+        return size - jnp.square(over) / (2 * (end - threshold))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale, (threshold, end) = step * self.strength, self._knots(x)
+        size, width = jnp.abs(x), end - threshold
+        middle = _ratio(size - scale * end / width, 1 - scale / width)
+        return _best(
+            self.phi,
+            x,
+            scale,
+            jnp.clip(size - scale, 0, threshold),
+            jnp.clip(middle, threshold, end),
+            jnp.maximum(size, end),
+        )
+
+    def _knots(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        threshold = jnp.asarray(self.threshold, x.dtype)
+        return threshold, jnp.asarray(self.a, x.dtype) * threshold
+
+
+class CappedL1(Separable):
+    r"""Absolute values up to a cap.
+
+    $$ R(x) = s \sum_i \min(|x_i|, \theta) $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        cap: θ > 0, in the units of x: from here on entries are not shrunk. A leaf, like the
+            strength.
+
+    Gradient:
+        s · sign(x) below the cap, 0 at 0, at the cap and beyond it.
+
+    Prox:
+        sign(x) · z, where z is clip(|x| − t·s, 0, θ) or max(|x|, θ), whichever has the smaller
+        objective.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
+            concrete cap that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.CappedL1(1.0, cap=2.0)(jnp.array([1.0, -5.0])))
+        3.0
+
+    References:
+        Zhang, Analysis of multi-stage convex relaxation for sparse regularization, Journal of
+        Machine Learning Research 11, 2010.
+    """
+
+    cap: ArrayLike = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("cap", "a positive, finite scalar", lambda cap: 0 < cap < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        size, cap = modulus(x), jnp.asarray(self.cap, x.dtype)
+        # Compared this way round, so that a NaN is not beyond the cap and stays a NaN.
+        return jnp.where(size >= cap, cap, size)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale, cap, size = step * self.strength, jnp.asarray(self.cap, x.dtype), jnp.abs(x)
+        return _best(self.phi, x, scale, jnp.clip(size - scale, 0, cap), jnp.maximum(size, cap))
+
+
+class L0(Separable):
+    r"""The number of entries that are not zero.
+
+    $$ R(x) = s \cdot \#\{i : x_i \ne 0\} $$
+
+    Its gradient is 0: use it through its proximal operator.
+
+    Args:
+        strength: s, a non-negative scalar.
+
+    Gradient:
+        0 everywhere.
+
+    Prox:
+        Hard thresholding: 0 where |x| ≤ √(2·t·s), x beyond.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.L0(1.0)(jnp.array([0.1, 0.0, -5.0])))
+        2.0
+        >>> jr.L0(1.0).prox(jnp.array([1.0, 3.0]), step=2.0).tolist()
+        [0.0, 3.0]
+
+    References:
+        Blumensath and Davies, Iterative thresholding for sparse approximations, Journal of Fourier
+        Analysis and Applications 14, 2008.
+    """
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isnan(x), x, (x != 0).astype(x.dtype))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.where(jnp.square(x) <= 2 * step * self.strength, 0, x)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Divide where the denominator is positive; elsewhere the piece is concave, and no minimum."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+
+
+def _best(
+    phi: Callable[[jax.Array], jax.Array], x: jax.Array, scale: jax.Array, *candidates: jax.Array
+) -> jax.Array:
+    """Return sign(x) · z, z the best of 0 and the candidates (each ≥ 0) for ½(z − |x|)² + scale·φ.
+
+    Each piece of the penalty gives its own minimizer as a candidate.
+    """
+    size = jnp.abs(x)
+    best, lowest = jnp.zeros_like(x), jnp.square(size) / 2
+    for candidate in candidates:
+        objective = jnp.square(candidate - size) / 2 + scale * phi(candidate)
+        better = objective < lowest
+        best, lowest = jnp.where(better, candidate, best), jnp.where(better, objective, lowest)
+    return jnp.where(jnp.isfinite(x), jnp.sign(x) * best, x)

@@ -1,0 +1,162 @@
+"""Convex penalties that are a sum of one function over the entries, beyond L1 and L2."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ._base import Separable, modulus, static
+
+
+class Huber(Separable):
+    r"""Squares near zero and absolute values away from it.
+
+    $$ R(x) = s \sum_i \begin{cases} \tfrac12 x_i^2 & |x_i| \le \delta \\
+                                     \delta\,(|x_i| - \tfrac12 \delta) & \text{otherwise}
+                       \end{cases} $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        delta: δ > 0, where the squares end. A leaf, like the strength.
+
+    Gradient:
+        s · clip(x, −δ, δ). Continuous; the second derivative is 0 or s.
+
+    Prox:
+        With λ = t·s: x / (1 + λ) where |x| ≤ δ(1 + λ), and x − λδ · sign(x) beyond.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
+            concrete δ that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> float(jr.Huber(1.0, delta=1.0)(jnp.array([0.5, -3.0])))
+        2.625
+
+    References:
+        Huber, Robust estimation of a location parameter, Annals of Mathematical Statistics 35(1),
+        1964.
+    """
+
+    delta: ArrayLike = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("delta", "a positive, finite scalar", lambda delta: 0 < delta < math.inf)
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        delta = jnp.asarray(self.delta, x.dtype)
+        near = jnp.clip(x, -delta, delta)
+        return near * (x - near / 2)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale, delta = step * self.strength, jnp.asarray(self.delta, x.dtype)
+        return x - scale * jnp.clip(x / (1 + scale), -delta, delta)
+
+
+class LogCosh(Separable):
+    r"""The logarithm of the hyperbolic cosine, a smooth absolute value.
+
+    $$ R(x) = s \sum_i \log\cosh x_i $$
+
+    Args:
+        strength: s, a non-negative scalar.
+
+    Gradient:
+        s · tanh(x). Smooth everywhere.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> round(float(jr.LogCosh(1.0)(jnp.array([1.0, -100.0]))), 3)
+        99.741
+
+    References:
+        Green, Bayesian reconstructions from emission tomography data using a modified EM algorithm,
+        IEEE Transactions on Medical Imaging 9(1), 1990.
+    """
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        # log cosh x = log(1 + 2 sinh²(x/2)) keeps its digits near 0, and overflows away from it;
+        # there it is |x| + log(1 + exp(-2|x|)) - log 2.
+        near = jnp.abs(x) < 1
+        sinh = jnp.sinh(jnp.where(near, x, 0) / 2)
+        far = jnp.where(near, 1, jnp.abs(x))
+        return jnp.where(
+            near, jnp.log1p(2 * sinh * sinh), far + jnp.log1p(jnp.exp(-2 * far)) - math.log(2)
+        )
+
+
+class RangeHinge(Separable):
+    r"""The distance, or its square, by which entries leave a range; for activations and rates.
+
+    $$ R(x) = s \sum_i \max(l - x_i, 0)^k + \max(x_i - u, 0)^k $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        lower: l. A leaf, like the strength.
+        upper: u. A leaf.
+        power: k, 1 or 2.
+
+    Gradient:
+        For k = 1: −s below l, s above u, and 0 between them and at both. For k = 2:
+        −2s·(l − x) below, 2s·(x − u) above, 0 between.
+
+    Prox:
+        With λ = t·s. For k = 1 an entry outside moves by λ towards the range, and not into it.
+        For k = 2: (x + 2λl) / (1 + 2λ) below, (x + 2λu) / (1 + 2λ) above.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for a
+            power that is neither 1 nor 2; for concrete bounds that are NaN or out of order.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> rates = jnp.array([0.0, 3.0, 12.0])
+        >>> float(jr.RangeHinge(1.0, lower=1.0, upper=10.0, power=2)(rates))
+        5.0
+
+    References:
+        Zenke and Vogels, The remarkable robustness of surrogate gradient learning for instilling
+        complex function in spiking neural networks, Neural Computation 33(4), 2021.
+    """
+
+    lower: ArrayLike = dataclasses.field(default=-math.inf, kw_only=True)
+    upper: ArrayLike = dataclasses.field(default=math.inf, kw_only=True)
+    power: int = static(default=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("lower", "a scalar", lambda bound: not math.isnan(bound))
+        self._require("upper", "a scalar", lambda bound: not math.isnan(bound))
+        bounds: list[Any] = [self.lower, self.upper]
+        if not any(isinstance(b, jax.core.Tracer) for b in bounds) and bounds != sorted(bounds):
+            raise ValueError(
+                "`jaxreg.RangeHinge(lower=..., upper=...)` must be in this order; got"
+                f" lower={self.lower!r}, upper={self.upper!r}."
+            )
+        if self.power not in (1, 2):
+            raise ValueError(f"`jaxreg.RangeHinge(power=...)` must be 1 or 2; got {self.power!r}.")
+
+    def phi(self, x: jax.Array) -> jax.Array:
+        return modulus(self._excess(x)) if self.power == 1 else jnp.square(self._excess(x))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        excess, scale = self._excess(x), step * self.strength
+        if self.power == 1:
+            return x - jnp.clip(excess, -scale, scale)
+        return jnp.where(jnp.isinf(excess), x, x - 2 * scale / (1 + 2 * scale) * excess)
+
+    def _excess(self, x: jax.Array) -> jax.Array:
+        """Return how far each entry is above the range, or, negative, below it."""
+        lower, upper = jnp.asarray(self.lower, x.dtype), jnp.asarray(self.upper, x.dtype)
+        return x - jnp.clip(x, lower, upper)
