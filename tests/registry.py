@@ -82,6 +82,18 @@ def _rows_unweighted(x: Any, s: float) -> float:
     return s * sum(_norms(x[i] for i in range(x.shape[0])))
 
 
+def _largest(x: Any, s: float) -> float:
+    return s * math.fsum(max(abs(v) for v in x[:, j]) for j in range(x.shape[1]))
+
+
+def _exclusive(x: Any, s: float) -> float:
+    return s * math.fsum(math.fsum(abs(v) for v in row.ravel()) ** 2 for row in x)
+
+
+def _sparse_columns(x: Any, s: float, alpha: float = 0.3) -> float:
+    return alpha * _l1(x, s) + (1 - alpha) * _columns(x, s)
+
+
 def _output_channels(x: Any, s: float) -> float:
     size = x.shape[0] * x.shape[1] * x.shape[2]
     return s * math.sqrt(size) * sum(_norms(x[..., j] for j in range(x.shape[3])))
@@ -201,6 +213,20 @@ CASES = [
 ]
 
 CASES += [
+    Case("L1Inf", jr.L1Inf, _largest, MATRIX, takes_complex=False),
+    Case(
+        "ExclusiveLasso",
+        lambda s: jr.ExclusiveLasso(s, axis=(1, 2, 3)),
+        _exclusive,
+        CONV,
+        takes_complex=False,
+    ),
+    Case(
+        "SparseGroupLasso",
+        lambda s: jr.SparseGroupLasso(s, alpha=0.3),
+        _sparse_columns,
+        MATRIX,
+    ),
     _real("Huber", lambda s: jr.Huber(s, delta=0.8), _huber, sparse=False, curvature=1),
     _real("LogCosh", jr.LogCosh, _log_cosh, has_prox=False, curvature=1),
     _real(

@@ -4,7 +4,10 @@ from ._base import Penalty as Penalty
 from ._base import Separable as Separable
 from ._base import Statistic as Statistic
 from ._base import Sum as Sum
+from ._group import ExclusiveLasso as ExclusiveLasso
 from ._group import GroupLasso as GroupLasso
+from ._group import L1Inf as L1Inf
+from ._group import SparseGroupLasso as SparseGroupLasso
 from ._nonconvex import L0 as L0
 from ._nonconvex import MCP as MCP
 from ._nonconvex import SCAD as SCAD

@@ -1,5 +1,7 @@
-"""Penalties that are a sum of norms of groups of entries."""
+"""Penalties of groups of entries."""
 
+import abc
+import dataclasses
 import math
 import operator
 from typing import Any, ClassVar
@@ -8,10 +10,48 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, real_dtype, static
+from ._base import Penalty, divide, modulus, real_dtype, static
+from ._separable import soft_threshold
 
 
-class GroupLasso(Penalty):
+class Grouped(Penalty):
+    """A penalty that is a sum over groups, each made up of the entries along some axes.
+
+    Args:
+        strength: s, a non-negative scalar.
+        axis: the axis or axes along which the entries make up one group, as in NumPy. None is every
+            axis but the last.
+    """
+
+    strength: ArrayLike
+    axis: int | tuple[int, ...] | None = static(default=None)
+
+    @abc.abstractmethod
+    def sums(self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> Any:
+        """Return what adds up over the entries of a group: a pytree, with `axes` of size 1."""
+
+    @abc.abstractmethod
+    def of_sums(self, sums: Any) -> jax.Array:
+        """Return the value for a strength of one from the sums of all groups."""
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        super().check(x, name)
+        _check_axes(self, _axes(self.axis, x.ndim), x, name)
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> Any:
+        axes = _axes(self.axis, x.ndim)
+        sums = self.sums(x, axes, where)
+        # Groups that reach over the leading axis, a batch's, grow with it: their sums add up. Other
+        # groups lie within one example each: their values do.
+        grows = 0 in axes
+        return (sums,) if grows else self.of_sums(sums)
+
+    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+        grows = isinstance(moments, tuple)
+        return super().finish(self.of_sums(*moments) if grows else moments, count)
+
+
+class GroupLasso(Grouped):
     r"""The sum of the Euclidean norms of groups of entries, which zeroes whole groups.
 
     $$ R(w) = s \sum_g \sqrt{n_g}\,\lVert w_g \rVert_2 $$
@@ -51,38 +91,21 @@ class GroupLasso(Penalty):
         JRSS B 68(1), 2006.
     """
 
-    strength: ArrayLike
-    axis: int | tuple[int, ...] | None = static(default=None)
     weighted: bool = static(default=True)
 
     takes_complex: ClassVar[bool] = True
 
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        axes = self._axes(x.ndim)
-        if any(not 0 <= axis < x.ndim for axis in axes) or len(set(axes)) < len(axes):
-            raise ValueError(
-                f"`jaxreg.GroupLasso(axis=...)` must name an axis of the array, or several"
-                f' different ones; got axis={self.axis} for "{name}" of shape {x.shape}.'
-            )
+    def sums(
+        self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return _squares(x, axes), _size(x, axes, where)
 
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> Any:
-        axes = self._axes(x.ndim)
-        squares, size = _squares(x, axes), _size(x, axes, where)
-        # Groups that reach over the leading axis, a batch's, grow with it: their squares and sizes
-        # add up. Other groups lie within one example each: their weighted norms do.
-        grows = 0 in axes
-        return (squares, size) if grows else self._total(squares, size)
-
-    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
-        grows = isinstance(moments, tuple)
-        return super().finish(self._total(*moments) if grows else moments, count)
-
-    def _total(self, squares: jax.Array, size: jax.Array) -> jax.Array:
+    def of_sums(self, sums: tuple[jax.Array, jax.Array]) -> jax.Array:
+        squares, size = sums
         return jnp.sum(self._weight(size) * _root(squares))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        axes = self._axes(x.ndim)
+        axes = _axes(self.axis, x.ndim)
         norm = _root(_squares(x, axes))
         threshold = step * self.strength * self._weight(_size(x, axes, None))
         # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
@@ -92,11 +115,188 @@ class GroupLasso(Penalty):
     def _weight(self, size: jax.Array) -> jax.Array:
         return jnp.sqrt(size) if self.weighted else jnp.ones_like(size)
 
-    def _axes(self, ndim: int) -> tuple[int, ...]:
-        if self.axis is None:
-            return tuple(range(ndim - 1))
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        return tuple(operator.index(a) + ndim if a < 0 else operator.index(a) for a in axes)
+
+class SparseGroupLasso(Penalty):
+    r"""Zeroes groups of entries, and entries within the groups that are left.
+
+    $$ R(w) = s \Big( \alpha \sum_i |w_i|
+                      + (1 - \alpha) \sum_g \sqrt{n_g}\,\lVert w_g \rVert_2 \Big) $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        alpha: α in [0, 1], the share of the L1. A leaf, like the strength.
+        axis: which entries make up a group; see `GroupLasso`.
+        weighted: whether a group counts by √n_g; see `GroupLasso`.
+
+    Gradient:
+        That of the two terms; 0 at zero entries and for a group that is all zeros.
+
+    Prox:
+        Soft thresholding by t·s·α, then block soft thresholding by t·s·(1 − α)·√n_g.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for a
+            concrete α outside [0, 1]; for an axis that the array does not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> kernel = jnp.array([[3.0, 0.0], [-4.0, 0.5]])
+        >>> penalty = jr.SparseGroupLasso(1.0, alpha=0.5, weighted=False)
+        >>> float(penalty(kernel))
+        6.5
+        >>> penalty.prox(kernel, step=1.0)[:, 1].tolist()
+        [0.0, 0.0]
+
+    References:
+        Simon, Friedman, Hastie and Tibshirani, A sparse-group lasso, Journal of Computational and
+        Graphical Statistics 22(2), 2013.
+    """
+
+    strength: ArrayLike
+    alpha: ArrayLike = dataclasses.field(kw_only=True)
+    axis: int | tuple[int, ...] | None = static(default=None)
+    weighted: bool = static(default=True)
+
+    takes_complex: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("alpha", "a scalar in [0, 1]", lambda alpha: 0 <= alpha <= 1)
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        super().check(x, name)
+        _check_axes(self, _axes(self.axis, x.ndim), x, name)
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        return jnp.sum(modulus(x), where=where), self._groups.moments(x, where)
+
+    def finish(self, moments: tuple[jax.Array, Any], count: jax.Array | None) -> jax.Array:
+        entries, groups = moments
+        alpha = jnp.asarray(self.alpha, entries.dtype)
+        mixed = alpha * entries + (1 - alpha) * self._groups.finish(groups, None)
+        return divide(jnp.asarray(self.strength, mixed.dtype) * mixed, count)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        scale = step * self.strength
+        entries = soft_threshold(x, scale * self.alpha)
+        return self._groups._prox(entries, scale * (1 - self.alpha))
+
+    @property
+    def _groups(self) -> GroupLasso:
+        return GroupLasso(1, axis=self.axis, weighted=self.weighted)
+
+
+class L1Inf(Grouped):
+    r"""The sum of the largest moduli of groups of entries, which zeroes whole groups.
+
+    $$ R(w) = s \sum_g \max_{i \in g} |w_i| $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        axis: which entries make up a group; see `GroupLasso`. As an activity penalty it adds up
+            over microbatches only if a group lies within one example.
+
+    Gradient:
+        s · sign(w_i), divided equally among the entries that attain the maximum; 0 for a group that
+        is all zeros.
+
+    Prox:
+        sign(w_i) · min(|w_i|, τ_g), where τ_g is such that the group loses t·s in all: the
+        projection on an L1 ball, by Moreau's identity.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for an
+            axis that the array does not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> kernel = jnp.array([[3.0, 0.25], [-1.0, 0.5]])
+        >>> float(jr.L1Inf(1.0)(kernel))
+        3.5
+        >>> jr.L1Inf(1.0).prox(kernel, step=1.0).tolist()
+        [[2.0, 0.0], [-1.0, 0.0]]
+
+    References:
+        Turlach, Venables and Wright, Simultaneous variable selection, Technometrics 47(3), 2005.
+        Duchi, Shalev-Shwartz, Singer and Chandra, Efficient projections onto the ℓ1-ball, ICML,
+        2008.
+    """
+
+    def sums(self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
+        return jnp.max(modulus(x), axis=axes, keepdims=True, initial=0)
+
+    def of_sums(self, sums: jax.Array) -> jax.Array:
+        return jnp.sum(sums)
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        largest_first, counts = _sorted_sums(jnp.abs(x), _axes(self.axis, x.ndim))
+        cap = _largest((largest_first - step * self.strength) / counts, x, _axes(self.axis, x.ndim))
+        return jnp.sign(x) * jnp.minimum(jnp.abs(x), cap)
+
+
+class ExclusiveLasso(Grouped):
+    r"""The sum of the squared L1 norms of groups: the entries of a group compete.
+
+    $$ R(w) = s \sum_g \Big( \sum_{i \in g} |w_i| \Big)^2 $$
+
+    Args:
+        strength: s, a non-negative scalar.
+        axis: which entries make up a group; see `GroupLasso`.
+
+    Gradient:
+        2·s·‖w_g‖₁ · sign(w_i), and 0 at 0.
+
+    Prox:
+        Soft thresholding by τ_g = max_k 2λ(|w|_(1) + … + |w|_(k)) / (1 + 2λk), where λ = t·s and
+        |w|_(k) is the k-th largest of the group.
+
+    Raises:
+        ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for an
+            axis that the array does not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> kernel = jnp.array([[3.0, 0.5], [-1.0, 0.5]])
+        >>> float(jr.ExclusiveLasso(1.0)(kernel))
+        17.0
+        >>> jr.ExclusiveLasso(0.5).prox(kernel, step=1.0)[:, 0].tolist()
+        [1.5, 0.0]
+
+    References:
+        Zhou, Jin and Hoi, Exclusive lasso for multi-task feature selection, AISTATS, 2010.
+    """
+
+    def sums(self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
+        return jnp.sum(modulus(x), axis=axes, keepdims=True)
+
+    def of_sums(self, sums: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(sums))
+
+    def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        twice = 2 * step * self.strength
+        largest_first, counts = _sorted_sums(jnp.abs(x), _axes(self.axis, x.ndim))
+        thresholds = twice * largest_first / (1 + twice * counts)
+        shrunk = soft_threshold(x, _largest(thresholds, x, _axes(self.axis, x.ndim)))
+        return jnp.where(jnp.isinf(x), x, shrunk)
+
+
+def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+    """Return the axes that make up a group, counted from the front."""
+    if axis is None:
+        return tuple(range(ndim - 1))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    return tuple(operator.index(a) + ndim if a < 0 else operator.index(a) for a in axes)
+
+
+def _check_axes(penalty: Any, axes: tuple[int, ...], x: jax.Array, name: str) -> None:
+    if any(not 0 <= axis < x.ndim for axis in axes) or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"`jaxreg.{type(penalty).__name__}(axis=...)` must name an axis of the array, or"
+            f' several different ones; got axis={penalty.axis} for "{name}" of shape {x.shape}.'
+        )
 
 
 def _squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -115,3 +315,22 @@ def _root(square: jax.Array) -> jax.Array:
     # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
     zero = square == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def _sorted_sums(size: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return the sums of the k largest entries of each group, on a last axis, and k = 1, 2, …."""
+    groups = jnp.moveaxis(size, axes, range(size.ndim - len(axes), size.ndim))
+    kept = groups.shape[: size.ndim - len(axes)]
+    groups = groups.reshape(*kept, math.prod(size.shape[axis] for axis in axes))
+    counts = jnp.arange(1, groups.shape[-1] + 1, dtype=size.dtype)
+    return jnp.cumsum(-jnp.sort(-groups, axis=-1), axis=-1), counts
+
+
+def _largest(candidates: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Return each group's largest candidate, or 0, in a shape that broadcasts to `x`.
+
+    A sum of the k largest, less or scaled, exceeds that of k − 1 just as long as the k-th largest
+    exceeds the threshold so far: the largest candidate is the threshold.
+    """
+    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    return jnp.max(candidates, axis=-1, initial=0).reshape(shape)

@@ -44,7 +44,7 @@ class L1(Separable):
         return modulus(x)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return _soft_threshold(x, step * self.strength)
+        return soft_threshold(x, step * self.strength)
 
 
 class L2(Separable):
@@ -133,9 +133,10 @@ class L1L2(Penalty):
         return divide(l1 * absolute + l2 * square, count)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return _soft_threshold(x, step * self.l1) / (1 + 2 * step * self.l2)
+        return soft_threshold(x, step * self.l1) / (1 + 2 * step * self.l2)
 
 
-def _soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:
+def soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:
+    """Move each entry towards 0 by the threshold, and not beyond it."""
     # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
     return jnp.where(jnp.abs(x) <= threshold, 0, x - threshold * jnp.sign(x))

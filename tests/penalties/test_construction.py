@@ -278,3 +278,19 @@ def test_gradients_at_the_knots_are_as_documented():
     np.testing.assert_array_equal(jr.MCP(1.0, knot=1.0).gradient(x), [0.0, 0.0])
     np.testing.assert_array_equal(jr.SCAD(1.0, threshold=1.0).gradient(x), [1.0, -1.0])
     np.testing.assert_array_equal(jr.Huber(2.0, delta=1.0).gradient(x), [2.0, -2.0])
+
+
+def test_sparse_group_lasso_is_the_sum_of_its_terms():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    penalty = jr.SparseGroupLasso(2.0, alpha=0.25, axis=1, weighted=False)
+    both = jr.L1(0.5) + jr.GroupLasso(1.5, axis=1, weighted=False)
+    np.testing.assert_allclose(penalty(x), both(x), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"SparseGroupLasso\(alpha=...\)` must be a scalar in \[0"):
+        jr.SparseGroupLasso(1.0, alpha=1.5)
+    with pytest.raises(ValueError, match=r"SparseGroupLasso\(axis=...\)` must name .* axis=2 for"):
+        jr.SparseGroupLasso(1.0, alpha=0.5, axis=2)(x)
+
+
+def test_l1_inf_divides_its_gradient_among_equal_entries():
+    gradient = jr.L1Inf(1.0).gradient(jnp.array([[2.0], [-2.0], [1.0]]))
+    np.testing.assert_array_equal(gradient, [[0.5], [-0.5], [0.0]])

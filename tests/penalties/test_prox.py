@@ -202,7 +202,7 @@ def test_sum_without_a_closed_form_says_so(penalty):
     ids=["KLSparsity", "KLSparsity+L2"],
 )
 def test_penalty_without_a_closed_form_names_those_that_have_one(penalty):
-    message = r"`jaxreg.KLSparsity` has no closed-form .*GroupLasso, .*L1, L1L2, L2\b"
+    message = r"`jaxreg.KLSparsity` has no closed-form .*GroupLasso, .*L1, .*L1L2, L2\b"
     with pytest.raises(NotImplementedError, match=message):
         penalty.prox(jnp.full((2, 2), 0.5), 0.1)
 
