@@ -39,6 +39,10 @@ def activity(
     counts. A module that is called twice counts twice, a shared module under its first path. A path
     also names a value that the module sows (`encoder/code`).
 
+    An activity is cheap to build, inside a training step too. Outside of `jit`, build one whose
+    strengths are arrays once, and not at each step: each new one retraces jitted functions that run
+    inside it.
+
     For an output of shape (B, ..., D), Σ running over all its entries, a separable penalty gives
 
     $$ \frac{s}{N} \sum_i \varphi(x_i), \qquad

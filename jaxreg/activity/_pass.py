@@ -22,8 +22,8 @@ Measured = dict[str, tuple[Measurement, ...]]
 class Pass:
     """What the modules of one forward pass consult while they run.
 
-    Nothing traced is kept here: `carry` hands each measurement to the framework's own variables,
-    which the framework's transformations carry out.
+    No measurement is kept here: `carry` hands each to the framework's own variables, which the
+    framework's transformations carry out.
 
     Args:
         key: a hashable that two passes share only if they measure the same values alike.
