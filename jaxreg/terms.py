@@ -136,8 +136,9 @@ def combine(terms: Iterable[Terms] | Terms) -> Terms:
     """Return the terms of one large batch from those of its microbatches, exactly.
 
     Sums and counts are added up and each penalty is finished once, so that microbatches of unequal
-    size count by their size. The strengths are those of the first microbatch. A penalty of your own
-    is exact if its moments add up over the leading axis.
+    size count by their size. The strengths are those of the first microbatch. Exact are
+    all penalties whose moments add up over the leading axis: not `L1Inf` of groups that reach over
+    it, whose maxima do not.
 
     Args:
         terms: the microbatches' terms, all of the same sites; or one `Terms` with a leading axis of

@@ -30,9 +30,12 @@ def run_module(
     copy = nnx.clone(module, variables=False)
     copies: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
     for path, node in copies:
+        # Inside another activity this is a copy of a copy, which is watched for that one.
+        if hasattr(node, "_jaxreg_terms"):
+            del node._jaxreg_terms
         if not isinstance(node, nnx.List | nnx.Dict):
             cls: Any = type(node)
-            node.__class__ = _watched(cls, path)
+            node.__class__ = _watched(getattr(cls, "_jaxreg_class", cls), path)
     originals = {
         id(node): original
         for (_, node), (_, original) in zip(copies, nnx.iter_modules(module), strict=True)
@@ -93,7 +96,7 @@ def _watched(cls: Any, path: Path) -> Any:
             run.record(self, join(*path, name), value)
         return cls.sow(self, variable_type, name, value, *args, **kwargs)
 
-    members = {"sow": sow, "_jaxreg_path": path}
+    members = {"sow": sow, "_jaxreg_path": path, "_jaxreg_class": cls}
     if any("__call__" in vars(base) for base in cls.__mro__):
         members["__call__"] = __call__
     for name in ("__module__", "__qualname__", "__doc__"):

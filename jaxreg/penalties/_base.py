@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
@@ -15,6 +15,16 @@ from jax.typing import ArrayLike
 def static(**kwargs: Any) -> Any:
     """Declare a keyword-only field that is part of the pytree's structure, not a leaf."""
     return dataclasses.field(kw_only=True, metadata={"static": True}, **kwargs)
+
+
+def setting(what: str, holds: Callable[[float], bool], **kwargs: Any) -> Any:
+    """Declare a keyword-only leaf, a scalar that is `what`: `holds` tells of a concrete one."""
+    return dataclasses.field(kw_only=True, metadata={"requires": (what, holds)}, **kwargs)
+
+
+def positive(**kwargs: Any) -> Any:
+    """Declare a keyword-only leaf that is a positive, finite scalar."""
+    return setting("a positive, finite scalar", lambda value: 0 < value < math.inf, **kwargs)
 
 
 def _register(cls: type) -> None:
@@ -37,13 +47,16 @@ def _register(cls: type) -> None:
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(dataclasses.field, static, setting, positive)
+)
 class Penalty(abc.ABC):
     r"""A non-negative strength times a real function of one array.
 
     A subclass becomes a frozen dataclass and a pytree by being defined. Its fields are leaves,
-    except those declared by `static`. The strength is a leaf and the first field, so that it can be
-    traced, scheduled, vmapped over and differentiated, and changing it never recompiles.
+    except those declared by `static`; `setting` and `positive` declare further scalars. The
+    strength is a leaf and the first field, so that it can be traced, scheduled, vmapped over and
+    differentiated, and changing it never recompiles.
 
     A penalty is defined by its `moments`, sums over the array that add up across microbatches and
     devices, and by `finish`, which turns them into the value:
@@ -72,6 +85,9 @@ class Penalty(abc.ABC):
     def __post_init__(self) -> None:
         for name in self.strengths:
             self._require(name, "a finite, non-negative scalar", lambda s: 0 <= s < math.inf)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if "requires" in field.metadata:
+                self._require(field.name, *field.metadata["requires"])
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Return the value at `x`.
@@ -182,7 +198,7 @@ class Penalty(abc.ABC):
     __array_priority__: ClassVar[int] = 1000
     __array_ufunc__: ClassVar[None] = None
 
-    def _require(self, field: str, what: str, holds: Any) -> None:
+    def _require(self, field: str, what: str, holds: Callable[[float], bool]) -> None:
         """Raise unless the field is traced, or a concrete real scalar for which `holds`."""
         value = getattr(self, field)
         if isinstance(value, jax.core.Tracer):

@@ -1,7 +1,6 @@
 """Penalties of groups of entries."""
 
 import abc
-import dataclasses
 import math
 import operator
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, divide, modulus, real_dtype, static
+from ._base import Penalty, divide, modulus, real_dtype, setting, static
 from ._separable import soft_threshold
 
 
@@ -154,15 +153,11 @@ class SparseGroupLasso(Penalty):
     """
 
     strength: ArrayLike
-    alpha: ArrayLike = dataclasses.field(kw_only=True)
+    alpha: ArrayLike = setting("a scalar in [0, 1]", lambda alpha: 0 <= alpha <= 1)
     axis: int | tuple[int, ...] | None = static(default=None)
     weighted: bool = static(default=True)
 
     takes_complex: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("alpha", "a scalar in [0, 1]", lambda alpha: 0 <= alpha <= 1)
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)

@@ -1,6 +1,5 @@
 """Penalties that are a sum of one nonconvex function over the entries: sparse, with less bias."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Separable, modulus
+from ._base import Separable, modulus, positive, setting
 
 
 class Lp(Separable):
@@ -38,13 +37,8 @@ class Lp(Separable):
         Chartrand and Yin, Iteratively reweighted algorithms for compressive sensing, ICASSP, 2008.
     """
 
-    p: ArrayLike = dataclasses.field(kw_only=True)
-    epsilon: ArrayLike = dataclasses.field(default=1e-3, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("p", "a scalar in (0, 2]", lambda p: 0 < p <= 2)
-        self._require("epsilon", "a positive, finite scalar", lambda e: 0 < e < math.inf)
+    p: ArrayLike = setting("a scalar in (0, 2]", lambda p: 0 < p <= 2)
+    epsilon: ArrayLike = positive(default=1e-3)
 
     def phi(self, x: jax.Array) -> jax.Array:
         p, epsilon = jnp.asarray(self.p, x.dtype), jnp.asarray(self.epsilon, x.dtype)
@@ -84,11 +78,7 @@ class LogSum(Separable):
         of the log-sum penalty, Journal of Scientific Computing 93, 2022.
     """
 
-    epsilon: ArrayLike = dataclasses.field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("epsilon", "a positive, finite scalar", lambda e: 0 < e < math.inf)
+    epsilon: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:
         return jnp.log1p(modulus(x) / jnp.asarray(self.epsilon, x.dtype))
@@ -138,11 +128,7 @@ class MCP(Separable):
         Statistics 38(2), arXiv:1002.4734, 2010.
     """
 
-    knot: ArrayLike = dataclasses.field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("knot", "a positive, finite scalar", lambda knot: 0 < knot < math.inf)
+    knot: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:
         knot = jnp.asarray(self.knot, x.dtype)
@@ -192,13 +178,8 @@ class SCAD(Separable):
         properties, Journal of the American Statistical Association 96(456), 2001.
     """
 
-    threshold: ArrayLike = dataclasses.field(kw_only=True)
-    a: ArrayLike = dataclasses.field(default=3.7, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("threshold", "a positive, finite scalar", lambda t: 0 < t < math.inf)
-        self._require("a", "a finite scalar above 1", lambda a: 1 < a < math.inf)
+    threshold: ArrayLike = positive()
+    a: ArrayLike = setting("a finite scalar above 1", lambda a: 1 < a < math.inf, default=3.7)
 
     def phi(self, x: jax.Array) -> jax.Array:
         threshold, end = self._knots(x)
@@ -256,11 +237,7 @@ class CappedL1(Separable):
         Machine Learning Research 11, 2010.
     """
 
-    cap: ArrayLike = dataclasses.field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("cap", "a positive, finite scalar", lambda cap: 0 < cap < math.inf)
+    cap: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:
         size, cap = modulus(x), jnp.asarray(self.cap, x.dtype)

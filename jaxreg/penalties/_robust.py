@@ -1,6 +1,5 @@
 """Convex penalties that are a sum of one function over the entries, beyond L1 and L2."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Separable, modulus, static
+from ._base import Separable, modulus, positive, setting, static
 
 
 class Huber(Separable):
@@ -43,11 +42,7 @@ class Huber(Separable):
         1964.
     """
 
-    delta: ArrayLike = dataclasses.field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("delta", "a positive, finite scalar", lambda delta: 0 < delta < math.inf)
+    delta: ArrayLike = positive(default=1.0)
 
     def phi(self, x: jax.Array) -> jax.Array:
         delta = jnp.asarray(self.delta, x.dtype)
@@ -95,6 +90,10 @@ class LogCosh(Separable):
         )
 
 
+def _bound(default: float) -> Any:
+    return setting("a scalar", lambda bound: not math.isnan(bound), default=default)
+
+
 class RangeHinge(Separable):
     r"""The distance, or its square, by which entries leave a range; for activations and rates.
 
@@ -130,14 +129,12 @@ class RangeHinge(Separable):
         complex function in spiking neural networks, Neural Computation 33(4), 2021.
     """
 
-    lower: ArrayLike = dataclasses.field(default=-math.inf, kw_only=True)
-    upper: ArrayLike = dataclasses.field(default=math.inf, kw_only=True)
+    lower: ArrayLike = _bound(default=-math.inf)
+    upper: ArrayLike = _bound(default=math.inf)
     power: int = static(default=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("lower", "a scalar", lambda bound: not math.isnan(bound))
-        self._require("upper", "a scalar", lambda bound: not math.isnan(bound))
         bounds: list[Any] = [self.lower, self.upper]
         if not any(isinstance(b, jax.core.Tracer) for b in bounds) and bounds != sorted(bounds):
             raise ValueError(

@@ -1,12 +1,10 @@
 """Penalties of means over examples."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Statistic
+from ._base import Statistic, setting
 
 
 class KLSparsity(Statistic):
@@ -42,11 +40,7 @@ class KLSparsity(Statistic):
         Ng, Sparse autoencoder, CS294A lecture notes, 2011.
     """
 
-    target: ArrayLike = dataclasses.field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("target", "a scalar between 0 and 1", lambda rho: 0 < rho < 1)
+    target: ArrayLike = setting("a scalar between 0 and 1", lambda rho: 0 < rho < 1)
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         return jnp.sum(x, axis=tuple(range(x.ndim - 1)), where=where)

@@ -431,3 +431,22 @@ def test_a_jitted_call_that_ran_before_is_not_replayed():
     for _ in range(2):
         _, terms = jr.activity({})(model)(X)
         np.testing.assert_allclose(terms["code"], expected, rtol=1e-6)
+
+
+def test_an_activity_inside_another_measures_alone():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder = Encoder(rngs)
+
+        def __call__(self, x):
+            outside = self.encoder(x)
+            return outside, jr.activity({"**": jr.L2(1.0)})(self.encoder)(x)
+
+    model = Model(nnx.Rngs(0))
+    (code, (again, inner)), outer = jr.activity({"encoder": jr.L1(1.0), ".": None})(model)(X)
+    chex.assert_trees_all_equal(again, code)
+    squares = jnp.sum(code**2) / 4
+    expected = {".": squares, "code": squares, "dense": jnp.sum(model.encoder.dense(X) ** 2) / 4}
+    chex.assert_trees_all_close(inner.as_dict(), expected, rtol=1e-6)
+    once = jnp.sum(code) / 4
+    chex.assert_trees_all_close(outer.as_dict(), {"encoder": once, "encoder/code": once}, rtol=1e-6)
