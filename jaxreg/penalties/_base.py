@@ -13,17 +13,17 @@ from jax.typing import ArrayLike
 
 
 def static(**kwargs: Any) -> Any:
-    """Declare a keyword-only field that is part of the pytree's structure, not a leaf."""
-    return dataclasses.field(kw_only=True, metadata={"static": True}, **kwargs)
+    """Declare a field that is part of the pytree's structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 def setting(what: str, holds: Callable[[float], bool], **kwargs: Any) -> Any:
-    """Declare a keyword-only leaf, a scalar that is `what`: `holds` tells of a concrete one."""
-    return dataclasses.field(kw_only=True, metadata={"requires": (what, holds)}, **kwargs)
+    """Declare a leaf, a scalar that is `what`: `holds` tells of a concrete one."""
+    return dataclasses.field(metadata={"requires": (what, holds)}, **kwargs)
 
 
 def positive(**kwargs: Any) -> Any:
-    """Declare a keyword-only leaf that is a positive, finite scalar."""
+    """Declare a leaf that is a positive, finite scalar."""
     return setting("a positive, finite scalar", lambda value: 0 < value < math.inf, **kwargs)
 
 
@@ -56,7 +56,8 @@ class Penalty(abc.ABC):
     A subclass becomes a frozen dataclass and a pytree by being defined. Its fields are leaves,
     except those declared by `static`; `setting` and `positive` declare further scalars. The
     strength is a leaf and the first field, so that it can be traced, scheduled, vmapped over and
-    differentiated, and changing it never recompiles.
+    differentiated, and changing it never recompiles. The other fields follow a
+    `dataclasses.KW_ONLY`.
 
     A penalty is defined by its `moments`, sums over the array that add up across microbatches and
     devices, and by `finish`, which turns them into the value:

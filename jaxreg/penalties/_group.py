@@ -3,6 +3,7 @@
 import abc
 import math
 import operator
+from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
 import jax
@@ -23,6 +24,7 @@ class Grouped(Penalty):
     """
 
     strength: ArrayLike
+    _: KW_ONLY
     axis: int | tuple[int, ...] | None = static(default=None)
 
     @abc.abstractmethod
@@ -90,6 +92,7 @@ class GroupLasso(Grouped):
         JRSS B 68(1), 2006.
     """
 
+    _: KW_ONLY
     weighted: bool = static(default=True)
 
     takes_complex: ClassVar[bool] = True
@@ -153,6 +156,7 @@ class SparseGroupLasso(Penalty):
     """
 
     strength: ArrayLike
+    _: KW_ONLY
     alpha: ArrayLike = setting("a scalar in [0, 1]", lambda alpha: 0 <= alpha <= 1)
     axis: int | tuple[int, ...] | None = static(default=None)
     weighted: bool = static(default=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import KW_ONLY
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ class Lp(Separable):
         Chartrand and Yin, Iteratively reweighted algorithms for compressive sensing, ICASSP, 2008.
     """
 
+    _: KW_ONLY
     p: ArrayLike = setting("a scalar in (0, 2]", lambda p: 0 < p <= 2)
     epsilon: ArrayLike = positive(default=1e-3)
 
@@ -78,6 +80,7 @@ class LogSum(Separable):
         of the log-sum penalty, Journal of Scientific Computing 93, 2022.
     """
 
+    _: KW_ONLY
     epsilon: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:
@@ -128,6 +131,7 @@ class MCP(Separable):
         Statistics 38(2), arXiv:1002.4734, 2010.
     """
 
+    _: KW_ONLY
     knot: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:
@@ -178,6 +182,7 @@ class SCAD(Separable):
         properties, Journal of the American Statistical Association 96(456), 2001.
     """
 
+    _: KW_ONLY
     threshold: ArrayLike = positive()
     a: ArrayLike = setting("a finite scalar above 1", lambda a: 1 < a < math.inf, default=3.7)
 
@@ -237,6 +242,7 @@ class CappedL1(Separable):
         Machine Learning Research 11, 2010.
     """
 
+    _: KW_ONLY
     cap: ArrayLike = positive()
 
     def phi(self, x: jax.Array) -> jax.Array:

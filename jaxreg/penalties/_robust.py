@@ -1,6 +1,7 @@
 """Convex penalties that are a sum of one function over the entries, beyond L1 and L2."""
 
 import math
+from dataclasses import KW_ONLY
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ class Huber(Separable):
         1964.
     """
 
+    _: KW_ONLY
     delta: ArrayLike = positive(default=1.0)
 
     def phi(self, x: jax.Array) -> jax.Array:
@@ -129,6 +131,7 @@ class RangeHinge(Separable):
         complex function in spiking neural networks, Neural Computation 33(4), 2021.
     """
 
+    _: KW_ONLY
     lower: ArrayLike = _bound(default=-math.inf)
     upper: ArrayLike = _bound(default=math.inf)
     power: int = static(default=1)

@@ -1,5 +1,7 @@
 """Penalties of means over examples."""
 
+from dataclasses import KW_ONLY
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -40,6 +42,7 @@ class KLSparsity(Statistic):
         Ng, Sparse autoencoder, CS294A lecture notes, 2011.
     """
 
+    _: KW_ONLY
     target: ArrayLike = setting("a scalar between 0 and 1", lambda rho: 0 < rho < 1)
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:

@@ -91,7 +91,10 @@ def test_group_lasso_axis_of_a_scalar_is_an_error():
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: jr.GroupLasso(1.0, -1), lambda: jr.KLSparsity(1.0, 0.1)],
+    [
+        lambda: jr.GroupLasso(1.0, -1),  # type: ignore[call-arg]
+        lambda: jr.KLSparsity(1.0, 0.1),  # type: ignore[call-arg]
+    ],
     ids=["GroupLasso", "KLSparsity"],
 )
 def test_settings_are_keyword_only(build):
