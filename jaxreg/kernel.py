@@ -1,6 +1,7 @@
 """Kernel penalties: rules over the leaves of a parameter tree."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -90,10 +91,19 @@ class Kernel:
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
                 leaf whose penalty has no modulus.
         """
-        return sum(
-            (leaf.penalty(leaf.value) for leaf in self._match(params).leaves if leaf.penalty),
-            start=jnp.float32(0),
-        )
+        total: jax.Array = jnp.float32(0)
+        alike: dict[Any, list[jax.Array]] = {}
+        for leaf in self._match(params).leaves:
+            if not leaf.penalty:
+                continue
+            x = leaf.penalty.prepare(leaf.value, leaf.path)
+            if leaf.penalty.entrywise and _is_small(x):
+                alike.setdefault((leaf.penalty, jax.typeof(x)), []).append(x)
+            else:
+                total += leaf.penalty(x)
+        for (penalty, _), leaves in alike.items():
+            total += penalty.finish(_moments_of_all(penalty, leaves), None)
+        return total
 
     def values(self, params: Any) -> dict[str, jax.Array]:
         """Return each penalized leaf's penalty, a scalar, by its path.
@@ -203,6 +213,25 @@ class Kernel:
         penalty = penalty.with_arrays(lambda setting: settings.at(path, setting))
         penalty.check(value if hasattr(value, "dtype") else jnp.asarray(value), path)
         return _Leaf(path, value, rule, penalty)
+
+
+# Compiled for a GPU, leaves up to this size with rows at least this long each take a kernel less
+# where their sums by row are added up first, and read and write at most 2 % more.
+_MOST_ENTRIES = 2**20
+_SHORTEST_ROW = 8
+
+
+def _is_small(x: jax.Array) -> bool:
+    return x.size <= _MOST_ENTRIES and max(x.shape[-1:], default=0) >= _SHORTEST_ROW
+
+
+def _moments_of_all(penalty: Penalty, leaves: list[jax.Array]) -> Any:
+    """Return the moments of leaves of one type: by row, added up over the leaves, then summed."""
+    moments = penalty.moments
+    for _ in leaves[0].shape[:-1]:
+        moments = jax.vmap(moments)
+    by_row = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), map(moments, leaves))
+    return jax.tree.map(jnp.sum, by_row)
 
 
 class _Shape:

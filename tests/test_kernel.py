@@ -477,3 +477,57 @@ def test_leaves_of_one_shape_and_other_shardings_have_no_more_than_scalars_to_ex
     text = str(compiled.as_text())
     assert "all-reduce" in text
     assert not re.search(r"all-to-all|all-gather|collective-permute", text)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.L2(0.5), jr.L1L2(0.5, 0.25), jr.L1(0.5) + jr.L2(0.25), jr.Huber(0.5, delta=0.3)],
+    ids=lambda penalty: type(penalty).__name__,
+)
+def test_small_leaves_of_one_type_are_added_up_before_they_are_summed(penalty):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3, 8)] * 5 + [(8,)] * 2 + [(3, 4)]
+    params = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    params += [leaf.astype(jnp.bfloat16) for leaf in params]
+    both = jax.jit(
+        jax.value_and_grad(lambda penalty, params: jr.kernel({"**": penalty})(params), 1)
+    )
+    value, gradient = both(penalty, params)
+    np.testing.assert_allclose(value, sum(penalty(leaf) for leaf in params), rtol=1e-6)
+    for ours, leaf in zip(gradient, params, strict=True):
+        assert ours.dtype == leaf.dtype
+        np.testing.assert_allclose(ours, penalty.gradient(leaf), rtol=1e-6)
+
+
+def test_many_small_leaves_end_in_one_sum_and_large_ones_each_in_their_own():
+    def sums_to_a_scalar(shape, count=20):
+        params = {
+            str(i): {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for i in range(count)
+        }
+        text = jax.jit(jr.kernel(jr.L2(1.0))).lower(params).as_text()
+        return len(re.findall(r"reduce.*-> tensor<f32>", text))
+
+    assert sums_to_a_scalar((16, 16)) == 1
+    assert sums_to_a_scalar((1024, 1025)) == 20
+    assert sums_to_a_scalar((16, 4)) == 20
+
+
+def test_each_leaf_keeps_its_own_reference_when_others_are_alike():
+    params = {"a": jnp.zeros((2, 8)), "b": jnp.zeros((2, 8))}
+    references = {"a": jnp.ones((2, 8)), "b": 2 * jnp.ones((2, 8))}
+    assert jr.kernel({"*": jr.L2To(1.0, reference=references)})(params) == 16 + 64
+
+
+def test_leaves_of_one_shape_and_other_shardings_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.device_put(np.full((8, 16), 2, np.float32), PartitionSpec(*axes))
+            for name, axes in {"q": ("model",), "o": (None, "model"), "k": ("model",)}.items()
+        }
+        kernel = jr.kernel({"*": jr.L2(1.0)})
+        value, gradient = jax.jit(jax.value_and_grad(kernel))(params)
+        assert value == 3 * 128 * 4
+        for name, leaf in params.items():
+            assert jax.typeof(gradient[name]) == jax.typeof(leaf)
+            np.testing.assert_array_equal(gradient[name], np.full((8, 16), 4))

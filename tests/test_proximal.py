@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import (
     ElasticNet,
@@ -244,6 +245,25 @@ def test_half_precision_parameters_keep_their_dtype_and_zeros(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_complex_parameters_shrink_by_their_modulus(name):
+    """A real problem turned by a phase for each entry has its solution turned by the same."""
+    phase = np.exp(1j * np.arange(4)).astype(np.complex64)
+
+    def turned(params):
+        return loss({"w": jnp.real(params["w"] / phase)}) + jnp.sum(
+            jnp.imag(params["w"] / phase) ** 2
+        )
+
+    tx = OPTIMIZERS[name](0.02, jr.kernel({"w": jr.L1(2.0)}))
+    conjugate = optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates))
+    real, _ = train(tx, 30, {"w": jnp.asarray(W, jnp.float32)})
+    path, _ = train(optax.chain(conjugate, tx), 30, {"w": jnp.asarray(W * phase)}, turned)
+    assert path["w"].dtype == np.complex64
+    assert (real["w"][-1] == 0).any()
+    np.testing.assert_allclose(path["w"], real["w"] * phase, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_learning_rate_follows_a_schedule(name):
     params = {"w": jnp.asarray(W, jnp.float32)}
     schedule = optax.piecewise_constant_schedule(0.05, {2: 0.0})
@@ -366,6 +386,18 @@ def test_solution_is_that_of_scikit_learn(name):
         reached, best = (float(objective(w) + penalty(w)) for w in (ours, theirs))
         assert residual < 1e-7
     assert abs(reached - best) <= 1e-8 * best
+    np.testing.assert_array_equal(ours == 0, theirs == 0)
+
+
+def test_projected_solution_is_that_of_non_negative_least_squares():
+    theirs, _ = scipy.optimize.nnls(DIABETES, TARGET)
+    with jax.enable_x64():
+        objective = functools.partial(squares, TARGET)
+        ours, residual = solve(objective, MEAN, jr.NonNegative(), theirs.shape)
+        reached, best = float(objective(ours)), float(objective(theirs))
+    assert residual < 1e-7
+    assert abs(reached - best) <= 1e-8 * best
+    assert 0 < np.sum(theirs == 0) < theirs.size
     np.testing.assert_array_equal(ours == 0, theirs == 0)
 
 

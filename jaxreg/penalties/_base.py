@@ -44,6 +44,9 @@ class Penalty(abc.ABC):
     quadratic: ClassVar[bool] = False
     r"""Whether the value is exactly strength · ‖x‖²."""
 
+    entrywise: ClassVar[bool] = False
+    """Whether the moments are sums of functions of single entries."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own_repr = "__repr__" in vars(cls)
@@ -123,7 +126,7 @@ class Penalty(abc.ABC):
 
         () where every entry may have its own; None where the whole array must share one.
         """
-        return None
+        return () if self.entrywise else None
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         known = sorted(c.__name__ for c in _concrete(Penalty) if c._prox is not Penalty._prox)
@@ -207,15 +210,14 @@ class Separable(Penalty):
 
     strength: ArrayLike
 
+    entrywise: ClassVar[bool] = True
+
     @abc.abstractmethod
     def phi(self, x: jax.Array) -> jax.Array:
         """Return φ of each entry, a real array of the shape of `x`, without the strength."""
 
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         return jnp.sum(self.phi(x), where=where)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return ()
 
 
 class Statistic(Penalty):
@@ -330,6 +332,10 @@ class Sum(Penalty):
     def finish(self, moments: tuple[Any, ...], count: jax.Array | None) -> jax.Array:
         values = (term.finish(m, count) for term, m in zip(self.terms, moments, strict=True))
         return sum(values, start=jnp.float32(0))
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return all(term.entrywise for term in self.terms)
 
     def step_axes(self, ndim: int) -> tuple[int, ...] | None:
         axes: set[int] = set()

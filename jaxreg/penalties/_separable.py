@@ -123,6 +123,7 @@ class L1L2(Penalty):
 
     strengths: ClassVar[tuple[str, ...]] = ("l1", "l2")
     takes_complex: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
 
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         return L1(1).moments(x, where), L2(1).moments(x, where)
@@ -131,9 +132,6 @@ class L1L2(Penalty):
         absolute, square = moments
         l1, l2 = jnp.asarray(self.l1, square.dtype), jnp.asarray(self.l2, square.dtype)
         return divide(l1 * absolute + l2 * square, count)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return ()
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         return soft_threshold(x, step * self.l1) / (1 + 2 * step * self.l2)
