@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
@@ -10,3 +12,12 @@ os.environ["XLA_FLAGS"] = (
     # Most of the suite's time is compilation.
     + " --xla_backend_optimization_level=0"
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of one case to one worker, so that they share compilations."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case:
+            item.add_marker(pytest.mark.xdist_group(str(case)))

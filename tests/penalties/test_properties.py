@@ -1,7 +1,6 @@
 """What holds at any point: Hypothesis draws it, from tiny entries to huge ones, zeros and ties."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import jaxreg as jr
-from tests.registry import CASES, STRENGTH, WITH_PROX, Case
+from tests.registry import CASES, STRENGTH, WITH_PROX, Case, derivatives
 
 EXAMPLES = settings(
     max_examples=20,
@@ -23,12 +22,6 @@ STEP = 0.7
 
 
 @jax.jit
-def derivatives(penalty: jr.Penalty, x: jax.Array):
-    gradient, curvature = jax.jvp(penalty.gradient, (x,), (jnp.ones_like(x),))
-    return penalty(x), gradient, curvature
-
-
-@jax.jit
 def prox(penalty: jr.Penalty, x: jax.Array):
     return penalty.prox(x, STEP)
 
@@ -39,7 +32,8 @@ def points(case: Case):
     magnitudes = st.sampled_from([1e-15, 1e-6, 1.0, 1e3, min(high, 1e9)])
     scaled = st.builds(lambda m, u: m * u, magnitudes, st.sampled_from([-1.0, -0.25, 0.0, 1.0]))
     free = st.floats(max(low, -4.0), min(high, 4.0), width=32, allow_subnormal=False)
-    entries = st.one_of(free, scaled).map(lambda v: np.float32(np.clip(v, low, high)))
+    # No negative zeros: they tie with zeros, and a top k breaks that tie in its own way.
+    entries = st.one_of(free, scaled).map(lambda v: np.float32(np.clip(v, low, high)) + 0)
     return arrays(np.float32, case.sample.shape, elements=entries)
 
 
@@ -48,7 +42,7 @@ def points(case: Case):
 @given(data=st.data())
 def test_value_is_the_formula_and_derivatives_are_finite(case, data):
     x = data.draw(points(case))
-    value, gradient, curvature = derivatives(case.penalty, x)
+    value, gradient, curvature = derivatives(case.penalty, x, np.ones_like(x))
     expected = case.value(x)
     size = case.formula(np.abs(x).astype(np.complex128), STRENGTH)
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5 * max(STRENGTH, abs(size)))
@@ -73,7 +67,7 @@ def test_prox_improves_on_staying_where_one_is(case, data):
 @given(data=st.data())
 def test_convex_penalty_lies_above_its_tangent(case, data):
     x, y = data.draw(points(case)), data.draw(points(case))
-    _, gradient, _ = derivatives(case.penalty, x)
+    _, gradient, _ = derivatives(case.penalty, x, np.ones_like(x))
     slope = np.sum(np.asarray(gradient, float) * (y.astype(float) - x))
     scale = np.sum(np.abs(gradient) * (np.abs(x) + np.abs(y)))
     assert case.value(y) >= case.value(x) + slope - 1e-5 * (1 + abs(case.value(x)) + scale)

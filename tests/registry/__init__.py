@@ -18,6 +18,7 @@ from ._case import CONV as CONV
 from ._case import MATRIX as MATRIX
 from ._case import STRENGTH as STRENGTH
 from ._case import Case as Case
+from ._case import derivatives as derivatives
 
 FAMILIES = (
     separable,

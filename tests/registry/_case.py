@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxreg as jr
@@ -63,6 +64,13 @@ class Case:
 
     def __repr__(self) -> str:
         return self.name
+
+
+@jax.jit
+def derivatives(penalty: jr.Penalty, x: jax.Array, direction: jax.Array) -> tuple[Any, Any, Any]:
+    """Return the value, the gradient, and the derivative of the gradient along a direction."""
+    gradient, curvature = jax.jvp(penalty.gradient, (x,), (direction,))
+    return penalty(x), gradient, curvature
 
 
 def away_from_zero(*shape: int, seed: int) -> Any:
