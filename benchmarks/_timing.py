@@ -29,11 +29,11 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 
 def summary(values: Any) -> dict[str, float]:
-    """Return the median and the interquartile range."""
+    """Return the quartiles."""
     low, median, high = np.percentile(np.asarray(values, float), [25, 50, 75])
-    return {"median": float(median), "iqr": float(high - low)}
+    return {"low": float(low), "median": float(median), "high": float(high)}
 
 
-def ratios(seconds: dict[str, list[float]], baseline: str, name: str) -> dict[str, float]:
-    """Return the summary of how many times faster than the baseline, round by round."""
-    return summary(np.divide(seconds[baseline], seconds[name]))
+def ratios(seconds: dict[str, list[float]], name: str, baseline: str) -> dict[str, float]:
+    """Return the quartiles of the time of one over that of the other, round by round."""
+    return summary(np.divide(seconds[name], seconds[baseline]))

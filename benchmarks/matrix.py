@@ -2,16 +2,10 @@
 
 Two claims: orthogonality by the smaller Gram matrix, and the proximal operator of the nuclear norm
 without a decomposition.
-
-    python -m benchmarks.matrix --json matrix.json
 """
 
-import argparse
-import json
-import platform
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +14,7 @@ import numpy as np
 
 import jaxreg as jr
 
+from ._report import Row
 from ._timing import interleaved, ratios, summary
 
 
@@ -52,49 +47,45 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any
 
 
 def compare(
-    functions: dict[str, Callable[..., Any]], args: tuple[Any, ...], baseline: str, rounds: int
-) -> dict[str, Any]:
-    """Return times, ratios to the baseline, and compilation costs."""
+    functions: dict[str, Callable[..., Any]],
+    args: tuple[Any, ...],
+    baseline: str,
+    rounds: int,
+    label: str,
+) -> Iterator[Row]:
+    """Yield the ratios of times to the baseline."""
     built = {name: compiled(function, *args) for name, function in functions.items()}
     seconds = interleaved({name: run for name, (run, _) in built.items()}, rounds)
-    return {
-        name: {
-            "seconds": summary(seconds[name]),
-            "times_faster": ratios(seconds, baseline, name),
-            **built[name][1],
-        }
-        for name in functions
-    }
+    for name in [name for name in functions if name != baseline]:
+        details = {"seconds": summary(seconds[name]), **built[name][1]}
+        ratio = ratios(seconds, name, baseline)
+        yield Row(f"{label}: {name} ÷ {baseline}", ratio, details=details)
 
 
-def orthogonality(shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Value and gradient on a wide kernel."""
+def orthogonality(shape: tuple[int, int], rounds: int) -> Iterator[Row]:
+    """Yield the ratios for value and gradient on a wide kernel."""
     w = jax.random.normal(jax.random.key(0), shape) / np.sqrt(shape[0])
     soft, off = jr.SoftOrthogonal(1.0), jr.OffDiagonalOrthogonal(1.0)
-    error = {}
     for name, ours, theirs in [("soft", soft, soft_orthogonal), ("off", off, off_diagonal)]:
         a, b = (jax.jit(jax.value_and_grad(f))(w) for f in (ours, theirs))
-        error[name] = {
+        error = {
             "value": float(abs(a[0] - b[0]) / b[0]),
             "gradient": float(jnp.linalg.norm(a[1] - b[1]) / jnp.linalg.norm(b[1])),
         }
-        if max(error[name].values()) > 1e-5:
-            raise AssertionError(f"{name} differs from its formula: {error[name]}")
+        if max(error.values()) > 1e-5:
+            raise AssertionError(f"{name} differs from its formula: {error}")
     functions = {
         "Keras's formula": jax.value_and_grad(keras_orthogonal),
         "SoftOrthogonal's formula": jax.value_and_grad(soft_orthogonal),
         "jr.SoftOrthogonal": jax.value_and_grad(soft.__call__),
         "jr.OffDiagonalOrthogonal": jax.value_and_grad(off.__call__),
     }
-    return {
-        "shape": shape,
-        "relative_error": error,
-        **compare(functions, (w,), "Keras's formula", rounds),
-    }
+    label = "value and gradient, {} × {}".format(*shape)
+    yield from compare(functions, (w,), "Keras's formula", rounds, label)
 
 
-def nuclear(n: int, step: float, rounds: int) -> dict[str, Any]:
-    """The proximal operator by either method."""
+def nuclear(n: int, step: float, rounds: int) -> Iterator[Row]:
+    """Yield the ratios for the proximal operator by either method."""
     x = jax.random.normal(jax.random.key(0), (n, n)) / np.sqrt(n)
     u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     exact = (u * np.maximum(s - step, 0)) @ vt
@@ -106,41 +97,12 @@ def nuclear(n: int, step: float, rounds: int) -> dict[str, Any]:
     if error["polar"] > 1e-3 * step + 1e-5 * s[0]:
         raise AssertionError(f"the polar method is further off than it says: {error}")
     functions = {"svd": svd.prox, "polar": polar.prox, "one product": lambda x, t: x @ x}
-    return {
-        "shape": (n, n),
-        "step": step,
-        "largest": float(s[0]),
-        "largest_error": error,
-        **compare(functions, (x, step), "svd", rounds),
-    }
+    label = f"nuclear norm's prox, {n} × {n}, step {step}"
+    yield from compare(functions, (x, step), "svd", rounds, label)
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("claims", nargs="*", help="orthogonality, nuclear; all without any")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    options = parser.parse_args()
-    shape, n, rounds = (
-        ((16, 256), 16, 2) if options.smoke else ((1024, 16384), 1024, options.rounds)
-    )
-    claims: dict[str, Callable[[], Any]] = {
-        "orthogonality": lambda: orthogonality(shape, rounds),
-        "nuclear": lambda: [nuclear(n, step, rounds) for step in (0.02, 0.2)],
-    }
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
-        **{claim: claims[claim]() for claim in options.claims or claims},
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def rows(smoke: bool, rounds: int) -> Iterator[Row]:
+    """Yield the ratios."""
+    yield from orthogonality((16, 256) if smoke else (1024, 16384), rounds)
+    for step in (0.02, 0.2):
+        yield from nuclear(16 if smoke else 1024, step, rounds)

@@ -1,25 +1,22 @@
 """The proximal operators of penalties of neighbours, on one long signal.
 
-    python -m benchmarks.ordered --json ordered.json
-
 The total variation's is exact; pyproximal's iterates. It runs here for so many iterations as bring
 its largest error within a tenth of the noise's standard deviation, or for as many as are allowed.
 """
 
-import argparse
-import json
-import platform
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyproximal
+import scipy.linalg
 
 import jaxreg as jr
 
+from ._report import Row
 from ._timing import interleaved, ratios, summary
 
 ITERATIONS = [2**k for k in range(3, 11)]
@@ -48,8 +45,10 @@ def compiled(prox: Any, x: Any, weight: Any) -> tuple[Any, dict[str, Any]]:
     return lambda: program(x, weight), cost
 
 
-def total_variation(x: Any, weight: float, rounds: int, iterations: list[int]) -> dict[str, Any]:
-    """Exact prox in both precisions, against pyproximal's iteration in float64."""
+def total_variation(
+    x: Any, weight: float, rounds: int, iterations: list[int], label: str
+) -> Iterator[Row]:
+    """Yield the ratios of the exact prox, in both precisions, to pyproximal's iteration."""
     penalty = jr.TotalVariation(1.0)
     with jax.enable_x64():
         double, double_cost = compiled(penalty.prox, jnp.asarray(x, jnp.float64), weight)
@@ -74,30 +73,23 @@ def total_variation(x: Any, weight: float, rounds: int, iterations: list[int]) -
         },
         rounds,
     )
-    return {
-        "points": x.size,
-        "weight": weight,
+    details = {
         "segments": int(np.sum(np.diff(exact) != 0)) + 1,
         "optimality_float64": quality,
         "float32_largest_error": single_error,
         "pyproximal_iterations": count,
         "pyproximal_largest_error": peer_error,
-        "jaxreg float32": {
-            **single_cost,
-            "seconds": summary(seconds["jaxreg float32"]),
-            "times_faster": ratios(seconds, "pyproximal", "jaxreg float32"),
-        },
-        "jaxreg float64": {
-            **double_cost,
-            "seconds": summary(seconds["jaxreg float64"]),
-            "times_faster": ratios(seconds, "pyproximal", "jaxreg float64"),
-        },
-        "pyproximal": {"seconds": summary(seconds["pyproximal"])},
+        "pyproximal_seconds": summary(seconds["pyproximal"]),
     }
+    for name, cost in (("jaxreg float32", single_cost), ("jaxreg float64", double_cost)):
+        what = f"total variation of {label}, {x.size:,} points: {name} ÷ pyproximal"
+        ratio = ratios(seconds, name, "pyproximal")
+        own = {"seconds": summary(seconds[name]), **cost}
+        yield Row(what, ratio, details={**details, **own})
 
 
-def smooth(x: Any, weight: float, rounds: int) -> dict[str, Any]:
-    """Prox of SmoothL2, checked against its linear system."""
+def smooth(x: Any, weight: float, rounds: int) -> Iterator[Row]:
+    """Yield the ratio of SmoothL2's prox, checked against its linear system, to SciPy's solver."""
     single = jnp.asarray(x, jnp.float32)
     run, cost = compiled(jr.SmoothL2(1.0).prox, single, weight)
     z = np.asarray(run(), np.float64)
@@ -106,36 +98,26 @@ def smooth(x: Any, weight: float, rounds: int) -> dict[str, Any]:
     error = float(np.max(np.abs(residual)) / (np.max(np.abs(x)) * (1 + 8 * weight)))
     if error > 1e-5:
         raise AssertionError(f"the linear system is off by {error}")
-    seconds = interleaved({"prox": run}, rounds)["prox"]
-    return {"points": x.size, "weight": weight, "error": error, **cost, "seconds": summary(seconds)}
+    # The same system by LAPACK, in the same precision.
+    banded = np.ones((2, x.size), np.float32)
+    banded[0] *= -2 * weight
+    banded[1] += 4 * weight
+    banded[1, [0, -1]] -= 2 * weight
+    raw = np.asarray(single)
+    peer = {"scipy": lambda: scipy.linalg.solveh_banded(banded, raw), "jaxreg": run}
+    np.testing.assert_allclose(peer["scipy"](), z, atol=1e-3 * np.max(np.abs(x)))
+    seconds = interleaved(peer, rounds)
+    what = f"SmoothL2's prox, {x.size:,} points: jaxreg ÷ scipy.linalg.solveh_banded"
+    details = {"error": error, **cost, "seconds": summary(seconds["jaxreg"])}
+    yield Row(what, ratios(seconds, "jaxreg", "scipy"), details=details)
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    options = parser.parse_args()
-    points, rounds, iterations = (
-        (2000, 2, ITERATIONS[:2]) if options.smoke else (10**6, options.rounds, ITERATIONS)
-    )
+def rows(smoke: bool, rounds: int) -> Iterator[Row]:
+    """Yield the ratios."""
+    points, iterations = (2000, ITERATIONS[:2]) if smoke else (10**6, ITERATIONS)
     rng = np.random.default_rng(0)
     steps = np.repeat(3 * rng.normal(size=points // 1000), 1000) + rng.normal(size=points)
     ramp = np.arange(points) / 1000
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
-        "total_variation_noisy_steps": total_variation(steps, 10.0, rounds, iterations),
-        "total_variation_ramp": total_variation(ramp, 10.0, rounds, iterations),
-        "smooth": smooth(steps, 10.0, rounds),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    yield from total_variation(steps, 10.0, rounds, iterations, "noisy steps")
+    yield from total_variation(ramp, 10.0, rounds, iterations, "a ramp")
+    yield from smooth(steps, 10.0, rounds)

@@ -1,0 +1,129 @@
+"""What a benchmark yields, and how it is shown."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+PACKAGES = ("jax", "flax", "optax", "keras", "torch", "jaxopt", "pyproximal", "scikit-learn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        what: what over what.
+        measured: its quartiles; None where it was not measured, and `note` then says why.
+        target: "≤ 0.90", "≥ 1.5", or None.
+        details: anything else that was measured, for the JSON.
+        note: a remark, for instance why a target is missed.
+    """
+
+    what: str
+    measured: dict[str, float] | None
+    target: str | None = None
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @classmethod
+    def skipped(cls, what: str, why: str, target: str | None = None) -> Self:
+        """Return a row that was not measured."""
+        return cls(what, None, target, note=why)
+
+    @classmethod
+    def exactly(cls, what: str, value: float, target: str | None = None, **details: Any) -> Self:
+        """Return a row of a number that has no spread, such as compiled memory."""
+        return cls(what, {"low": value, "median": value, "high": value}, target, details)
+
+    @property
+    def shown(self) -> str:
+        """The measurement: the median, and half of the interquartile range."""
+        if self.measured is None:
+            return "not measured"
+        low, median, high = (self.measured[q] for q in ("low", "median", "high"))
+        digits = 3 if abs(median) < 10 else 1
+        return f"{median:.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if low < high else "")
+
+    @property
+    def verdict(self) -> str:
+        """How it stands to 1, and to its target."""
+        if self.measured is None:
+            return ""
+        low, median, high = (self.measured[q] for q in ("low", "median", "high"))
+        same = low < 1 < high
+        if self.target is None:
+            return "no difference" if same else ""
+        sign, bound = self.target.split()
+        met = median <= float(bound) if sign == "≤" else median >= float(bound)
+        if same and float(bound) == 1:
+            return "no difference"
+        return ("met" if met else "missed") + (", no difference" if same else "")
+
+    def line(self) -> str:
+        """Return the row of a Markdown table."""
+        return (
+            f"| {self.what} | {self.shown} | {self.target or ''} | {self.verdict} | {self.note} |"
+        )
+
+
+HEAD = "| measure | result | target | | |\n| --- | --- | --- | --- | --- |"
+
+
+def about() -> dict[str, Any]:
+    """Return when and on what this runs."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def keep(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Put results, by claim, into the JSON of all claims, and write the page anew.
+
+    Args:
+        folder: that of the benchmarks.
+        results: for each claim its title, what it ran on, and its rows.
+    """
+    path = folder / "results" / "cpu.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept | results, indent=1, ensure_ascii=False) + "\n")
+    (folder / "RESULTS.md").write_text(page(kept | results))
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Return all results as Markdown."""
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks`; do not edit. A ratio is the median of rounds that are"
+        " interleaved in one process, ± half of its interquartile range; where that range holds 1,"
+        " there is no difference.",
+    ]
+    for claim, result in results.items():
+        ran = result["about"]
+        versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
+        parts += [
+            f"## {claim}",
+            result["title"],
+            f"`python -m benchmarks --only {claim}`, {ran['date']}, on {ran['cores']} cores of a"
+            f" {ran['device']} ({ran['machine']}), Python {ran['python']}, {versions}.",
+            "\n".join([HEAD, *(Row(**row).line() for row in result["rows"])]),
+        ]
+    return "\n\n".join(parts) + "\n"

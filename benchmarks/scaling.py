@@ -1,0 +1,163 @@
+"""How the cost of a penalty grows with leaves, sites, parameters, devices and strengths.
+
+Each point is a step with a penalty ÷ without. Leaves: SGD of kernels of 64 entries with an L2 in
+the loss, its run time, and its time to trace and compile. Sites: the gradient of a stack of narrow
+dense layers with an L1 of every output. Parameters: AdamW with a coupled L2, in four leaves.
+Devices: the MLP's step with its batch over CPU devices, which share the cores. Strengths: a linear
+lasso trained by one vmap ÷ trainings one by one.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxreg as jr
+
+from . import optimizer
+from ._report import Row
+from ._timing import interleaved, ratios
+
+LEAVES = (10, 100, 1000, 10_000)
+SITES = (1, 4, 16, 64, 256, 512)
+PARAMETERS = (10**4, 10**5, 10**6, 10**7, 10**8)
+STRENGTHS = (1, 4, 16, 64, 256)
+
+
+def _row(curve: str, x: int, ratio: dict[str, float]) -> Row:
+    return Row(f"{curve}: {x:,}", ratio, details={"curve": curve, "x": x})
+
+
+def leaves(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
+    """Yield the run time, and trace and compile time, by the number of leaves."""
+    kernel = jr.kernel(jr.L2(1e-4))
+    for count in counts:
+        params = {f"layer_{i}": {"kernel": jnp.ones((8, 8))} for i in range(count)}
+
+        def build(penalty: Any, params: Any = params) -> tuple[float, Callable[[], Any]]:
+            def step(params: Any, grads: Any) -> Any:
+                value: Any = 0.0
+                if penalty:
+                    value, own = jax.value_and_grad(penalty)(params)
+                    grads = optax.tree.add(grads, own)
+                return value, jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+
+            start = time.perf_counter()
+            compiled = jax.jit(step).lower(params, params).compile()
+            return time.perf_counter() - start, lambda: compiled(params, params)
+
+        built: dict[str, list[Any]] = {"with": [], "without": []}
+        for _ in range(max(1, rounds // 5)):
+            for name, penalty in (("with", kernel), ("without", None)):
+                jax.clear_caches()
+                built[name].append(build(penalty))
+        steps = {name: pairs[-1][1] for name, pairs in built.items()}
+        yield _row("leaves", count, ratios(interleaved(steps, rounds), "with", "without"))
+        seconds = {name: [first for first, _ in pairs] for name, pairs in built.items()}
+        yield _row("leaves, trace and compile", count, ratios(seconds, "with", "without"))
+
+
+class _Stack(nn.Module):
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for i in range(self.depth):
+            x = jnp.tanh(nn.Dense(64, name=f"dense_{i}")(x))
+        return x
+
+
+def sites(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
+    """Yield the run time by the number of modules whose output is penalized."""
+    activity = jr.activity({"dense_*": jr.L1(1e-4)})
+    for depth in counts:
+        model, x = _Stack(depth), jnp.ones((128, 64))
+        params = jax.jit(model.init)(jax.random.key(0), x)
+
+        def penalized(params: Any, model: Any = model, x: Any = x) -> Any:
+            y, terms = activity(model.apply)(params, x)
+            return jnp.sum(y) + terms.total
+
+        def without(params: Any, model: Any = model, x: Any = x) -> Any:
+            return jnp.sum(model.apply(params, x))
+
+        grads = {"with": jax.jit(jax.grad(penalized)), "without": jax.jit(jax.grad(without))}
+        steps = {n: lambda g=g, params=params: g(params) for n, g in grads.items()}
+        yield _row("sites", depth, ratios(interleaved(steps, rounds), "with", "without"))
+
+
+def parameters(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
+    """Yield the run time of AdamW with a coupled penalty by the number of parameters."""
+    coupled = jr.add_penalty_gradient(jr.kernel(jr.L2(1e-4)))
+    for count in counts:
+        steps = {
+            "with": optimizer.stepper(optax.chain(coupled, optax.adamw(1e-3)), count),
+            "without": optimizer.stepper(optax.adamw(1e-3), count),
+        }
+        yield _row("parameters", count, ratios(interleaved(steps, rounds), "with", "without"))
+
+
+def devices(smoke: bool, rounds: int) -> Iterator[Row]:
+    """Yield the run time by the number of devices."""
+    command = [sys.executable, "-m", "benchmarks._devices", "smoke" if smoke else "", str(rounds)]
+    printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    for count, ratio in json.loads(printed).items():
+        yield _row("devices", int(count), ratio)
+
+
+def strengths(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
+    """Yield the run time of one vmap over as many trainings, by the number of strengths."""
+    for count in counts:
+        ratio = optimizer.sweep("linear", count, 100, rounds)
+        yield _row("strengths", count, ratio)
+
+
+def rows(smoke: bool, rounds: int) -> Iterator[Row]:
+    """Yield every curve's points."""
+    if smoke:
+        yield from leaves(LEAVES[:1], rounds)
+        yield from sites(SITES[:2], rounds)
+        yield from parameters(PARAMETERS[:1], rounds)
+        yield from devices(smoke, rounds)
+        yield from strengths(STRENGTHS[:2], rounds)
+        return
+    yield from leaves(LEAVES, rounds)
+    yield from sites(SITES, rounds)
+    yield from parameters(PARAMETERS, rounds)
+    yield from devices(smoke, rounds)
+    yield from strengths(STRENGTHS, rounds)
+
+
+def draw(found: list[Row], folder: Path) -> None:
+    """Draw the curves into a figure."""
+    import matplotlib.pyplot as plt
+
+    panels = ("leaves", "sites", "parameters", "devices", "strengths")
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3), layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        for curve in dict.fromkeys(row.details["curve"] for row in found):
+            if curve.split(",")[0] != panel:
+                continue
+            points = [row for row in found if row.details["curve"] == curve and row.measured]
+            x = [row.details["x"] for row in points]
+            low, median, high = (
+                [row.measured[q] for row in points] for q in ("low", "median", "high")
+            )
+            axis.plot(x, median, marker="o", label=curve)
+            axis.fill_between(x, low, high, alpha=0.2)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set(xscale="log", xlabel=f"number of {panel}")
+        axis.set_ylim(0)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("with a penalty ÷ without")
+    axes[-1].set_ylabel("one vmap ÷ one by one")
+    figure.savefig(folder / "scaling.png", dpi=120)
+    plt.close(figure)
