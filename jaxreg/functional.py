@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxreg.penalties._checks import require
+from jaxreg.penalties._checks import require, require_real
 
 Function = Callable[[jax.Array], Any]
 
@@ -264,9 +264,12 @@ def contractive(
         Rifai, Vincent, Muller, Glorot and Bengio, Contractive auto-encoders: explicit invariance
         during feature extraction, ICML, 2011.
     """
-    x, kernel = _real("contractive", "x", x), _real("contractive", "kernel", kernel)
+    x, kernel = (
+        require_real("functional.contractive", "x", x),
+        require_real("functional.contractive", "kernel", kernel),
+    )
     bias = jnp.zeros(kernel.shape[-1:], kernel.dtype) if bias is None else bias
-    bias = _real("contractive", "bias", bias)
+    bias = require_real("functional.contractive", "bias", bias)
     if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1] or bias.shape != kernel.shape[1:]:
         raise ValueError(
             "`jaxreg.functional.contractive` takes x (..., in), kernel (in, out) and bias (out,);"
@@ -327,7 +330,7 @@ def lipschitz_bound(kernels: Any) -> jax.Array:
 
 
 def _spectral_norm(kernel: ArrayLike) -> jax.Array:
-    kernel = _real("lipschitz_bound", "kernels", kernel)
+    kernel = require_real("functional.lipschitz_bound", "kernels", kernel)
     if kernel.ndim < 2:
         raise ValueError(
             "`jaxreg.functional.lipschitz_bound` takes kernels (in, out) or (*window, in, out); got"
@@ -363,7 +366,7 @@ def _vjp(name: str, f: Function, x: jax.Array) -> tuple[jax.Array, Callable[...,
             f"`jaxreg.functional.{name}` takes a function that returns one array; got"
             f" {type(out).__name__}."
         )
-    return _real(name, "the function's output", out), pull
+    return require_real(f"functional.{name}", "the function's output", out), pull
 
 
 def _basis(like: jax.Array) -> jax.Array:
@@ -386,21 +389,11 @@ def _mean(values: jax.Array) -> jax.Array:
 
 
 def _batch(name: str, argument: str, value: ArrayLike) -> jax.Array:
-    array = _real(name, argument, value)
+    array = require_real(f"functional.{name}", argument, value)
     if array.ndim == 0:
         raise ValueError(
             f"`jaxreg.functional.{name}` takes arrays with an axis of examples; got shape () for"
             f' "{argument}".'
-        )
-    return array
-
-
-def _real(name: str, argument: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"`jaxreg.functional.{name}` takes real floating-point arrays; got dtype {array.dtype}"
-            f' for "{argument}" of shape {array.shape}.'
         )
     return array
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import HardConcrete
-from jaxreg.penalties._checks import require
+from jaxreg.penalties._checks import require, require_real
 
 
 def hard_concrete(
@@ -61,7 +61,7 @@ def hard_concrete(
         Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization,
         ICLR, arXiv:1712.01312, 2018.
     """
-    log_alpha = _real("hard_concrete", "log_alpha", log_alpha)
+    log_alpha = require_real("gates.hard_concrete", "log_alpha", log_alpha)
     HardConcrete(0, beta=beta, gamma=gamma, zeta=zeta)  # checks them
     wide = log_alpha.astype(_wide(log_alpha))
     logits = wide + jax.random.logistic(key, wide.shape, wide.dtype)
@@ -103,7 +103,7 @@ def hard_concrete_deterministic(
         Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization,
         ICLR, arXiv:1712.01312, 2018.
     """
-    log_alpha = _real("hard_concrete_deterministic", "log_alpha", log_alpha)
+    log_alpha = require_real("gates.hard_concrete_deterministic", "log_alpha", log_alpha)
     HardConcrete(0, gamma=gamma, zeta=zeta)  # checks them
     wide = log_alpha.astype(_wide(log_alpha))
     return _stretch(jax.nn.sigmoid(wide), gamma, zeta).astype(log_alpha.dtype)
@@ -239,7 +239,10 @@ def _thresholded(
     name: str, function: Any, x: ArrayLike, threshold: ArrayLike, bandwidth: ArrayLike
 ) -> jax.Array:
     """Apply a function of x, threshold and bandwidth in their common dtype."""
-    x, threshold = _real(name, "x", x), _real(name, "threshold", threshold)
+    x, threshold = (
+        require_real(f"gates.{name}", "x", x),
+        require_real(f"gates.{name}", "threshold", threshold),
+    )
     positive = "a positive, finite scalar"
     require(f"gates.{name}(bandwidth=...)", bandwidth, positive, lambda e: 0 < e < math.inf)
     try:
@@ -296,7 +299,7 @@ def top_k(x: ArrayLike, k: int, *, axis: int = -1) -> jax.Array:
         Makhzani and Frey, k-Sparse autoencoders, ICLR, arXiv:1312.5663, 2014. Gao et al., Scaling
         and evaluating sparse autoencoders, arXiv:2406.04093, 2024.
     """
-    x = _real("top_k", "x", x)
+    x = require_real("gates.top_k", "x", x)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"`jaxreg.gates.top_k(axis=...)` must name an axis of x; got axis={axis} for x of shape"
@@ -341,7 +344,7 @@ def batch_top_k(x: ArrayLike, k: int) -> jax.Array:
     References:
         Bussmann, Leask and Nanda, BatchTopK sparse autoencoders, arXiv:2412.06410, 2024.
     """
-    x = _real("batch_top_k", "x", x)
+    x = require_real("gates.batch_top_k", "x", x)
     if x.ndim == 0:
         raise ValueError("`jaxreg.gates.batch_top_k` takes an x with an axis of features; got ().")
     k = _check_k("batch_top_k", k, x, x.shape[-1])
@@ -379,7 +382,7 @@ def batch_top_k_threshold(z: ArrayLike) -> jax.Array:
     References:
         Bussmann, Leask and Nanda, BatchTopK sparse autoencoders, arXiv:2412.06410, 2024.
     """
-    z = jax.lax.stop_gradient(_real("batch_top_k_threshold", "z", z))
+    z = jax.lax.stop_gradient(require_real("gates.batch_top_k_threshold", "z", z))
     smallest = jnp.min(z, where=~(z <= 0), initial=jnp.inf)
     return jnp.where(smallest == jnp.inf, 0, smallest)
 
@@ -401,16 +404,6 @@ def _check_k(name: str, k: int, x: jax.Array, size: int) -> int:
             f" k={k} for x of shape {x.shape}."
         )
     return k
-
-
-def _real(name: str, argument: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"`jaxreg.gates.{name}` takes a real floating-point array; got dtype {array.dtype} for"
-            f' "{argument}" of shape {array.shape}.'
-        )
-    return array
 
 
 def _wide(x: jax.Array) -> Any:

@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests of one case to one worker, so that they share compilations."""
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        parameters = getattr(item, "callspec", None)
+        case = parameters and parameters.params.get("case")
         if case:
             item.add_marker(pytest.mark.xdist_group(str(case)))

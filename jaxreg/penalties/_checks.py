@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]) -> None:
@@ -20,6 +21,17 @@ def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]
         valid = array.shape == () and real and holds(float(array))
     if not valid:
         raise ValueError(f"`jaxreg.{argument}` must be {what}; got {value!r}.")
+
+
+def require_real(function: str, argument: str, value: ArrayLike) -> jax.Array:
+    """Return the argument of a function as an array; raise unless it is real and floating-point."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"`jaxreg.{function}` takes a real floating-point array; got dtype {array.dtype} for"
+            f' "{argument}" of shape {array.shape}.'
+        )
+    return array
 
 
 def require_order(penalty: Any, low: str, high: str) -> None:

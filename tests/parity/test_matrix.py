@@ -28,7 +28,8 @@ def test_one_vector_is_nan_in_keras():
     assert jr.Orthogonal(0.3)(KERNEL[:, :1]) == 0
 
 
-@pytest.mark.parametrize("kernel", [KERNEL, KERNEL.T], ids=["tall", "wide"])
+# The smaller Gram matrix serves where there are at least twice as many columns as rows.
+@pytest.mark.parametrize("kernel", [KERNEL, KERNEL.T[:2]], ids=["tall", "wide"])
 def test_off_diagonal_is_sonnet(kernel):
     # snt.regularizers.OffDiagonalOrthogonal, transcribed.
     m = kernel.reshape(-1, kernel.shape[-1])
