@@ -118,6 +118,10 @@ class Penalty(abc.ABC):
         """
         return divide(jnp.asarray(getattr(self, "strength"), moments.dtype) * moments, count)
 
+    def adds_up(self, ndim: int) -> bool:
+        """Return whether the moments of parts of an array's leading axis are those of the whole."""
+        return True
+
     def step_axes(self, ndim: int) -> tuple[int, ...] | None:
         """Return the axes along which all entries must have one step in `prox`.
 
@@ -330,6 +334,9 @@ class Sum(Penalty):
     def finish(self, moments: tuple[Any, ...], count: jax.Array | None) -> jax.Array:
         values = (term.finish(m, count) for term, m in zip(self.terms, moments, strict=True))
         return sum(values, start=jnp.float32(0))
+
+    def adds_up(self, ndim: int) -> bool:
+        return all(term.adds_up(ndim) for term in self.terms)
 
     def step_axes(self, ndim: int) -> tuple[int, ...] | None:
         axes: set[int] = set()

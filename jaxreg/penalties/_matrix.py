@@ -49,6 +49,9 @@ class Matrix(Penalty):
                 f' more{stacked}; got "{name}" of shape {x.shape}. Exempt it by a rule of its own.'
             )
 
+    def adds_up(self, ndim: int) -> bool:
+        return 0 in batch_axes(self, ndim)
+
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         if where is not None:
             raise ValueError(

@@ -39,6 +39,9 @@ class Ordered(Penalty):
             )
         check_axes(self, x, name)
 
+    def adds_up(self, ndim: int) -> bool:
+        return 0 not in vector_axes(self, ndim)
+
     def _differences(
         self, x: jax.Array, where: jax.Array | None, order: int = 1
     ) -> Iterator[jax.Array]:

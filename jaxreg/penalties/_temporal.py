@@ -69,6 +69,9 @@ class Temporal(Penalty):
                 f' "{name}" of shape {x.shape}.'
             )
 
+    def adds_up(self, ndim: int) -> bool:
+        return self.axis not in (0, -ndim)
+
     def changes(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return Σ (x_{t+1} − x_t)² of each feature, and how many pairs of steps count.
 
