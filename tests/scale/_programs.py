@@ -35,7 +35,8 @@ def exchanges(compiled: Any) -> list[Exchange]:
 
 def put(x: Any, *axes: Any) -> jax.Array:
     """Return the array on the mesh, its axes split over these mesh axes."""
-    return jax.device_put(x, NamedSharding(MESH, PartitionSpec(*axes)))
+    placed: jax.Array = jax.device_put(x, NamedSharding(MESH, PartitionSpec(*axes)))
+    return placed
 
 
 def assert_all_close(found: Any, expected: Any, rtol: float = 1e-5) -> None:

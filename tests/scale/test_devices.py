@@ -23,21 +23,16 @@ MASK = RNG.uniform(size=(BATCH, TIME)) < 0.7
 ACTIVITY: dict[str, Any] = {
     "L1": jr.L1(0.5) + jr.L2(0.1),
     "GroupLasso-columns": jr.GroupLasso(0.5),
-    "GroupLasso-rows": jr.GroupLasso(0.5, axis=-1),
-    "HoyerSquare": jr.HoyerSquare(0.5, axis=-1),
+    "HoyerSquare-rows": jr.HoyerSquare(0.5, axis=-1),
     "KLSparsity": jr.KLSparsity(0.5, target=0.2),
     "VarianceHinge": jr.VarianceHinge(0.5),
-    "ActivationNorm": jr.ActivationNorm(0.5),
     "LabelEntropy": jr.LabelEntropy(0.5),
     "RouterZLoss": jr.RouterZLoss(0.5),
-    "ImportanceCV": jr.ImportanceCV(0.5),
-    "SwitchLoadBalance": jr.SwitchLoadBalance(0.5),
     "TopKLoadBalance": jr.TopKLoadBalance(0.5, k=2),
     "Cosine": jr.Cosine(0.5, reference=CODES[0, 0]),
 }
 OVER_TIME: dict[str, Any] = {
     "TemporalDifference": jr.TemporalDifference(0.5),
-    "Slowness": jr.Slowness(0.5),
     "TotalVariation": jr.TotalVariation(0.5, axis=1),
 }
 
