@@ -115,8 +115,8 @@ class LoadBalance(Statistic):
     def _dispatch(self, logits: jax.Array) -> jax.Array:
         """Return 1 for each chosen expert of each token, and 0 for the others."""
         experts = logits.shape[-1]
-        # One maximum after the other: a reduction, where XLA would gather all tokens of a sharded
-        # array for `lax.top_k`.
+        # One maximum after the other is a reduction, which each device takes of its own tokens. For
+        # `lax.top_k` XLA gathers all tokens on CPU devices.
         lowest = jnp.finfo(logits.dtype).min  # type: ignore[no-untyped-call]
         scores = jnp.maximum(jax.lax.stop_gradient(logits), lowest)
         chosen = jnp.zeros(logits.shape, bool)

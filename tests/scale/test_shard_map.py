@@ -81,28 +81,24 @@ def test_shards_combine_to_the_whole_batch(check_vma, on_one_device):
         assert exchange.entries <= 6 * 5  # a kernel's gradient; Decorrelation's 5 · 5
 
 
-def test_one_axis_splits_the_batch_and_the_other_is_left_to_the_compiler(on_one_device):
-    @partial(
-        jax.shard_map,
-        mesh=MESH,
-        in_specs=(SAME, P("data"), P("data")),
-        out_specs=SAME,
-        axis_names={"data"},
-    )
-    def step(params, x, mask):
-        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(
-            params, x, mask, over("data")
-        )
-        return (value, terms), gradient
+def test_one_axis_splits_the_batch_and_the_other_is_left_to_the_compiler():
+    kernel = jr.kernel({"w": jr.GroupLasso(0.1)})
 
-    spec = {"kernel": (None, "model"), "bias": ()}
-    params = {
-        layer: {
-            name: put(leaf, *(spec[name] if layer == "decoder" else ())) for name, leaf in p.items()
-        }
-        for layer, p in PARAMS.items()
-    }
-    assert_all_close(jax.jit(step)(params, X, MASK), on_one_device)
+    def objective(params, x, across=lambda mean: mean, **kwargs):
+        y = nn.sigmoid(x @ params["w"])
+        penalty = jr.penalize(y, ENCODER["statistic"], **kwargs) + kernel(params)
+        return across(jnp.mean(y**2)) + penalty
+
+    @partial(
+        jax.shard_map, mesh=MESH, in_specs=(SAME, P("data")), out_specs=SAME, axis_names={"data"}
+    )
+    def step(params, x):
+        mean = partial(jax.lax.pmean, axis_name="data")
+        return jax.value_and_grad(objective)(params, x, mean, axis_name="data")
+
+    params = {"w": RNG.normal(size=(6, 8)).astype(np.float32)}
+    placed = {"w": put(params["w"], None, "model")}
+    assert_all_close(jax.jit(step)(placed, X), jax.jit(jax.value_and_grad(objective))(params, X))
 
 
 def shard_map(function, *in_specs, out_specs=SAME):
@@ -205,6 +201,32 @@ def test_a_part_of_a_kernel_is_no_penalty_of_the_whole():
         shard_map(kernel, P("data"))({"kernel": X[0]})
     by_hand = shard_map(lambda params: jax.lax.psum(kernel(params), "data"), P("data"))
     np.testing.assert_allclose(by_hand({"kernel": X[0]}), kernel({"kernel": X[0]}), rtol=1e-6)
+
+
+class Sharded(nn.Module):
+    inside: bool
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.lecun_normal(), (6, 5))
+        penalty = ENCODER["statistic"]
+
+        def encode(w, x):
+            code = nn.sigmoid(x @ w)
+            return jr.sow(self, "code", code, penalty) if self.inside else code
+
+        sharded = jax.shard_map(encode, mesh=MESH, in_specs=(SAME, P(BATCH)), out_specs=P(BATCH))
+        code = sharded(w, x)
+        return code if self.inside else jr.sow(self, "code", code, penalty)
+
+
+def test_a_shard_map_inside_of_a_model_lets_the_value_out_and_not_the_term():
+    params = {"w": PARAMS["encoder"]["kernel"]}
+    forward = jax.jit(jr.activity({})(Sharded(inside=False).apply))
+    code, terms = forward({"params": params}, X)
+    np.testing.assert_allclose(terms["code"], jr.penalize(code, ENCODER["statistic"]), rtol=1e-5)
+    with pytest.raises(ValueError, match='cannot carry the term "code" out of the transformation'):
+        jr.activity({})(Sharded(inside=True).apply)({"params": params}, X)
 
 
 def test_rows_of_a_kernel_by_hand():
