@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from ._base import Penalty, Statistic
 from ._covariance import Scatter, squares
+from ._explicit import partitioned
 from ._fields import static
 
 
@@ -116,6 +117,7 @@ class TemporalDifference(Temporal):
         arXiv:1708.01009, 2017.
     """
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         changes, pairs = self.changes(x, where)
         return jnp.sum(changes) / max(x.shape[-1], 1), pairs
@@ -161,6 +163,7 @@ class Slowness(Temporal):
         Computation 14(4), 2002.
     """
 
+    @partitioned
     def moments(
         self, x: jax.Array, where: jax.Array | None = None
     ) -> tuple[Scatter, jax.Array, jax.Array]:

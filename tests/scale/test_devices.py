@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import jaxreg as jr
 
@@ -166,6 +167,45 @@ def test_what_needs_the_whole_array_on_each_device(penalty, shape, axes):
     assert any(e.entries >= x.size / 2 for e in exchanges(compiled))
     expected = jax.jit(jax.value_and_grad(penalty))(matrix(shape))
     assert_all_close(compiled((x,))[0], expected, rtol=2e-5)
+
+
+EXPLICIT: dict[str, Any] = {
+    **GRAM,
+    "Nuclear": jr.Nuclear(0.5),
+    "Decorrelation": jr.Decorrelation(0.5),
+    "GroupLasso": jr.GroupLasso(0.5),
+    "KLSparsity": jr.KLSparsity(0.5, target=0.2),
+    "TopKLoadBalance": jr.TopKLoadBalance(0.5, k=2),
+    "TotalVariation": jr.TotalVariation(0.5, axis=(0, 1), isotropic=True),
+    "SmoothL2": jr.SmoothL2(0.5, axis=0),
+    "TrendFiltering": jr.TrendFiltering(0.5, axis=0),
+    "TemporalDifference": jr.TemporalDifference(0.5),
+    "Slowness": jr.Slowness(0.5),
+}
+
+
+def test_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    assert mesh.explicit_axes == ("data", "model")
+    weights = RNG.uniform(0.1, 0.9, TALL).astype(np.float32)
+    mask = np.arange(TALL[0]) % 5 > 0
+    masked = {"TemporalDifference", "KLSparsity", "Decorrelation"}
+
+    @jax.jit
+    def both(x, mask):
+        return {
+            name: jax.value_and_grad(
+                lambda x, p=penalty, m=mask if name in masked else None: jr.penalize(x, p, mask=m)
+            )(x)
+            for name, penalty in EXPLICIT.items()
+        }
+
+    expected = both(weights, mask)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(weights, PartitionSpec("data", "model"))
+        found = both(x, jax.device_put(mask, PartitionSpec("data")))
+    assert_all_close(found, expected, rtol=2e-5)
+    assert {gradient.sharding for _, gradient in found.values()} == {x.sharding}
 
 
 class Autoencoder(nn.Module):
