@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxreg.penalties import Penalty
 
 Reduction = Literal["batch_mean", "sum", "mean", "token_mean"]
+AxisName = Hashable | tuple[Hashable, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -26,11 +27,13 @@ class Measurement:
         penalty: the penalty, without its arrays.
         moments: what `penalty.moments` returned.
         count: what the reduction divides by, a scalar, or None where it does not divide.
+        adds_up: whether the moments of parts of a batch add up to those of the whole.
     """
 
     penalty: Penalty
     moments: Any
     count: jax.Array | None
+    adds_up: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def value(self) -> jax.Array:
@@ -40,6 +43,43 @@ class Measurement:
         for _ in range(jnp.ndim(jax.tree.leaves(self.penalty)[0])):
             finish = jax.vmap(finish)
         return jnp.sum(finish(self))
+
+    def sum(self) -> "Measurement":
+        """Return the measurement of all microbatches together, which the leading axis stacks."""
+        first = jax.tree.map(lambda leaf: leaf[0], self.penalty)
+        moments, count = jax.tree.map(
+            lambda leaf: jnp.sum(leaf, axis=0), (self.moments, self.count)
+        )
+        return dataclasses.replace(self, penalty=first, moments=moments, count=count)
+
+    def psum(self, axis_name: AxisName) -> "Measurement":
+        """Return the measurement of all shards together; see `combine`."""
+        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        differ = _varying(self.moments)
+        # Where JAX does not keep track (`vmap`, `check_vma=False`), not even the index differs.
+        split = tuple(a for a in axes if a in differ or not _varying(jax.lax.axis_index(a)))
+        if not split:
+            return self
+        sums = (self.moments, self.count)
+        moments, count = jax.lax.psum(sums, split)  # type: ignore[no-untyped-call]
+        return dataclasses.replace(self, moments=moments, count=count)
+
+    def require_adds_up(self, caller: str, path: str) -> None:
+        """Raise a ValueError unless the parts of a batch add up to the whole."""
+        if not self.adds_up:
+            raise ValueError(
+                f"`jaxreg.{caller}` cannot add up parts of a batch for"
+                f' {type(self.penalty).__name__} of "{path}": its groups, matrices or signals'
+                " reach over the leading axis, which was split. Let each lie within one example (by"
+                " `axis`, `batch_axes`, `per_group` or the shape of the array), or measure the"
+                " whole batch at once."
+            )
+
+
+def _varying(tree: Any) -> frozenset[Hashable]:
+    """Return the mesh axes along which arrays may differ, as far as `jax.shard_map` keeps track."""
+    types = (jax.typeof(leaf) for leaf in jax.tree.leaves(tree))
+    return frozenset().union(*(getattr(type_, "manual_axis_type").varying for type_ in types))
 
 
 def _finish(measurement: Measurement) -> jax.Array:
@@ -81,6 +121,7 @@ def measure(
         penalty=jax.tree.map(jnp.asarray, penalty.with_arrays(lambda _: None)),
         moments=penalty.moments(x, where),
         count=None if count is None else jnp.asarray(count, float),
+        adds_up=penalty.adds_up(x.ndim),
     )
 
 
@@ -123,6 +164,12 @@ class Terms(Mapping[str, jax.Array]):
             for path, calls in self.measurements.items()
         }
 
+    def _map(self, add_up: Callable[[Measurement], Measurement]) -> "Terms":
+        for path, calls in self.measurements.items():
+            for call in calls:
+                call.require_adds_up("combine", path)
+        return Terms({k: tuple(map(add_up, calls)) for k, calls in self.measurements.items()})
+
     def __getitem__(self, path: str) -> jax.Array:
         return sum((m.value for m in self.measurements[path]), start=jnp.float32(0))
 
@@ -133,23 +180,32 @@ class Terms(Mapping[str, jax.Array]):
         return len(self.measurements)
 
 
-def combine(terms: Iterable[Terms] | Terms) -> Terms:
-    """Return the terms of one large batch from those of its microbatches, exactly.
+def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None) -> Terms:
+    """Return the terms of one large batch from those of its parts, exactly.
 
-    Sums and counts are added up and each penalty is finished once, so that microbatches of unequal
-    size count by their size. The strengths are those of the first microbatch. Exact are
-    all penalties whose moments add up over the leading axis: not `L1Inf` of groups that reach over
-    it, whose maxima do not, nor penalties of matrices and of neighbours that do.
+    The parts are microbatches, or shards under `jax.shard_map`. Sums and counts are added up and
+    each penalty is finished once, so that parts of unequal size count by their size. The strengths
+    are those of the first microbatch, or each shard's own.
+
+    Within `jax.shard_map` the result is the same on every shard, and so is its gradient by
+    parameters that are: with `check_vma=True`, JAX's default, add the total to the mean over the
+    shards of the loss, and nothing is left to be averaged. What JAX knows to be the same on every
+    shard is not added up.
 
     Args:
         terms: the microbatches' terms, all of the same sites; or one `Terms` with a leading axis of
-            microbatches, as `jax.lax.scan` stacks them.
+            microbatches, as `jax.lax.scan` stacks them. With `axis_name`, one `Terms` is that of
+            this shard, without such an axis.
+        axis_name: the axis or axes of a surrounding `jax.shard_map` (or `jax.vmap`) that split the
+            leading axis of what is penalized: the batch, not the features.
 
     Returns:
         The combined terms.
 
     Raises:
-        ValueError: for an empty sequence, or terms of different sites.
+        ValueError: for an empty sequence, or terms of different sites; for a penalty that does not
+            add up over the leading axis: `L1Inf` of groups, matrices, neighbours or groups of
+            tokens that reach over it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -159,6 +215,9 @@ def combine(terms: Iterable[Terms] | Terms) -> Terms:
         >>> float(jr.combine(terms).total)
         2.0
     """
+    if axis_name is not None:
+        shard = terms if isinstance(terms, Terms) else combine(terms)
+        return shard._map(lambda call: call.psum(axis_name))
     if not isinstance(terms, Terms):
         terms = list(terms)
         if not terms:
@@ -178,9 +237,4 @@ def combine(terms: Iterable[Terms] | Terms) -> Terms:
                 " microbatches; got one of a single batch."
             )
 
-    def combined(m: Measurement) -> Measurement:
-        first = jax.tree.map(lambda leaf: leaf[0], m.penalty)
-        moments, count = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), (m.moments, m.count))
-        return Measurement(first, moments, count)
-
-    return Terms({k: tuple(map(combined, ms)) for k, ms in stacked.measurements.items()})
+    return stacked._map(Measurement.sum)

@@ -1,5 +1,6 @@
 """The arithmetic of activation penalties: reductions, masks, and microbatches."""
 
+import functools
 import itertools
 import re
 from typing import Any
@@ -314,6 +315,71 @@ def test_combine_takes_any_iterable():
 def test_combine_of_one_batch_is_an_error():
     with pytest.raises(ValueError, match=r"a leading axis of microbatches; got one of a single"):
         jr.combine(terms_of(CODES, jr.L1(1.0)))
+
+
+REACHES_OVER: dict[str, Any] = {
+    "L1Inf": jr.L1Inf(0.5),
+    "SoftOrthogonal": jr.SoftOrthogonal(0.5),
+    "TotalVariation": jr.TotalVariation(0.5, axis=(0, 1)),
+    "Slowness": jr.Slowness(0.5, axis=0),
+    "DeepSeekLoadBalance": jr.DeepSeekLoadBalance(0.5, k=2),
+    "Sum": jr.L1(0.5) + jr.SpectralNorm(0.5),
+}
+LIES_WITHIN: dict[str, Any] = {
+    "L1Inf": jr.L1Inf(0.5, axis=-1),
+    "SoftOrthogonal": jr.SoftOrthogonal(0.5, batch_axes=0),
+    "TotalVariation": jr.TotalVariation(0.5, axis=1),
+    "Slowness": jr.Slowness(0.5),
+    "DeepSeekLoadBalance": jr.DeepSeekLoadBalance(0.5, k=2),
+    "TopKLoadBalance": jr.TopKLoadBalance(0.5, k=2),
+}
+
+
+@pytest.mark.parametrize("name", REACHES_OVER)
+def test_parts_of_what_reaches_over_the_batch_do_not_add_up(name):
+    terms = terms_of(CODES[:, 0], REACHES_OVER[name])
+    message = (
+        f'`jaxreg.combine` cannot add up parts of a batch for {name} of "code": its groups,'
+        " matrices or signals reach over the leading axis, which was split. Let each lie within"
+        " one example (by `axis`, `batch_axes`, `per_group` or the shape of the array), or"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jr.combine([terms, terms])
+    assert terms.total > 0  # the whole batch by itself is no sum of parts
+
+
+@pytest.mark.parametrize("name", LIES_WITHIN)
+def test_parts_of_what_lies_within_examples_add_up(name):
+    @jax.jit
+    def totals(x):
+        parts = [terms_of(part, LIES_WITHIN[name]) for part in (x[:1], x[1:])]
+        return jr.combine(parts).total, terms_of(x, LIES_WITHIN[name]).total
+
+    combined, whole = totals(CODES)
+    np.testing.assert_allclose(combined, whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_parts_along_an_axis_that_has_a_name_combine(penalty):
+    @jax.jit
+    @functools.partial(jax.vmap, axis_name="parts")
+    def totals(x):
+        named = jr.penalize(x, penalty, axis_name="parts")
+        return named, jr.combine(terms_of(x, penalty), axis_name="parts").total
+
+    parts = jnp.asarray(CODES).reshape(3, 2, 2, 3)
+    expected = jnp.full(3, jr.penalize(CODES, penalty))
+    np.testing.assert_allclose(totals(parts), (expected, expected), rtol=1e-6)
+
+
+def test_terms_of_scanned_layers_stay_apart_along_an_axis_that_has_a_name():
+    def total(x):
+        layers = jax.vmap(lambda x: terms_of(x, jr.L1(0.5)))(jnp.stack([x, 2 * x]))
+        return jr.combine(layers, axis_name="parts").total
+
+    parts = jnp.asarray(CODES).reshape(3, 2, 2, 3)
+    found = jax.vmap(total, axis_name="parts")(parts)
+    np.testing.assert_allclose(found, 3 * jnp.full(3, jr.penalize(CODES, jr.L1(0.5))), rtol=1e-6)
 
 
 def test_reference_is_not_carried_out_with_the_moments():

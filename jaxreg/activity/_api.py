@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
 from jaxreg.rules import Rules
-from jaxreg.terms import Reduction, Terms, check_reduction, measure
+from jaxreg.terms import AxisName, Reduction, Terms, check_reduction, measure
 
 from . import _linen, _nnx
 from ._pass import Pass, current, join
@@ -145,6 +145,7 @@ def penalize(
     *,
     reduction: Reduction = "batch_mean",
     mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     """Return the penalty of one activation: the arithmetic of `jaxreg.activity` for one array.
 
@@ -155,13 +156,16 @@ def penalize(
         penalty: the penalty.
         reduction: what a separable penalty is divided by; see `jaxreg.activity`.
         mask: booleans of the shape of all axes of `x` but the last: the tokens that count.
+        axis_name: the axis or axes of a surrounding `jax.shard_map` that split the batch: the
+            penalty is that of the whole one, on every shard. See `jaxreg.combine`.
 
     Returns:
         A scalar, in float32 or, for float64 input, float64. 0 for an empty batch.
 
     Raises:
         TypeError: for integer input.
-        ValueError: for an unknown reduction, or a mask of another shape.
+        ValueError: for an unknown reduction, or a mask of another shape; with `axis_name`, for a
+            penalty that does not add up over the leading axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -172,7 +176,11 @@ def penalize(
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"`jaxreg.penalize` takes a Penalty; got {penalty!r}.")
-    return measure(x, penalty, reduction, mask).value
+    measured = measure(x, penalty, reduction, mask)
+    if axis_name is not None:
+        measured.require_adds_up("penalize", "x")
+        measured = measured.psum(axis_name)
+    return measured.value
 
 
 def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty) -> Value:

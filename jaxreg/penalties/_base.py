@@ -121,6 +121,10 @@ class Penalty(abc.ABC):
         """
         return divide(jnp.asarray(getattr(self, "strength"), moments.dtype) * moments, count)
 
+    def adds_up(self, ndim: int) -> bool:
+        """Return whether the moments of parts of an array's leading axis are those of the whole."""
+        return True
+
     def step_axes(self, ndim: int) -> tuple[int, ...] | None:
         """Return the axes along which all entries must have one step in `prox`.
 
@@ -336,6 +340,9 @@ class Sum(Penalty):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         return all(term.entrywise for term in self.terms)
+
+    def adds_up(self, ndim: int) -> bool:
+        return all(term.adds_up(ndim) for term in self.terms)
 
     def step_axes(self, ndim: int) -> tuple[int, ...] | None:
         axes: set[int] = set()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._base import Penalty
+from ._explicit import partitioned
 from ._fields import positive
 
 Gram = Callable[[jax.Array], jax.Array]
@@ -85,6 +86,7 @@ class OfScatter(Penalty):
     def of_scatter(self, scatter: jax.Array, examples: jax.Array) -> jax.Array:
         """Return the value for a strength of one from Σ (x − μ)(x − μ)ᵀ and n ≥ 1."""
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> Scatter:
         return Scatter.of(jnp.atleast_1d(x), where, self.gram)
 

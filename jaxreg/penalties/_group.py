@@ -241,6 +241,9 @@ class L1Inf(Grouped):
     def sums(self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
         return jnp.max(modulus(x), axis=axes, keepdims=True, initial=0)
 
+    def adds_up(self, ndim: int) -> bool:
+        return 0 not in vector_axes(self, ndim)
+
     def of_sums(self, sums: jax.Array) -> jax.Array:
         return jnp.sum(sums)
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from ._axes import as_matrices, batch_axes, check_axes
 from ._base import Penalty, modulus
+from ._explicit import partitioned
 from ._fields import static
 
 # Accelerators round the factors of a float32 product to fewer bits unless told not to.
@@ -49,6 +50,10 @@ class Matrix(Penalty):
                 f' more{stacked}; got "{name}" of shape {x.shape}. Exempt it by a rule of its own.'
             )
 
+    def adds_up(self, ndim: int) -> bool:
+        return 0 in batch_axes(self, ndim)
+
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         if where is not None:
             raise ValueError(

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from ._axes import check_axes, vector_axes
 from ._base import Penalty, modulus
+from ._explicit import partitioned
 from ._fields import static
 from ._group import _root
 from ._total_variation import prox_total_variation
@@ -38,6 +39,9 @@ class Ordered(Penalty):
                 f' several different ones; got axis={self.axis} for "{name}" of shape {x.shape}.'
             )
         check_axes(self, x, name)
+
+    def adds_up(self, ndim: int) -> bool:
+        return 0 not in vector_axes(self, ndim)
 
     def _differences(
         self, x: jax.Array, where: jax.Array | None, order: int = 1
@@ -113,6 +117,7 @@ class TotalVariation(Ordered):
     _: KW_ONLY
     isotropic: bool = static(default=False)
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         differences = self._differences(x, where)
         if not self.isotropic:
@@ -174,6 +179,7 @@ class SmoothL2(Ordered):
         arXiv:1708.01009, 2017.
     """
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         differences = self._differences(x, where)
         return sum((jnp.sum(jnp.square(d)) for d in differences), start=jnp.zeros((), x.dtype))
@@ -241,6 +247,7 @@ class TrendFiltering(Ordered):
                 f" {self.order!r}."
             )
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         differences = self._differences(x, where, self.order + 1)
         return sum((jnp.sum(modulus(d)) for d in differences), start=jnp.zeros((), x.dtype))

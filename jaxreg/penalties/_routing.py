@@ -89,6 +89,9 @@ class LoadBalance(Statistic):
                 f' size of the last axis; got k={chosen} for "{name}" of shape {x.shape}.'
             )
 
+    def adds_up(self, ndim: int) -> bool:
+        return not self.per_group or ndim > 2
+
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, jax.Array]:
         if not self.per_group:
             return super().moments(x, where)
@@ -112,9 +115,15 @@ class LoadBalance(Statistic):
     def _dispatch(self, logits: jax.Array) -> jax.Array:
         """Return 1 for each chosen expert of each token, and 0 for the others."""
         experts = logits.shape[-1]
-        chosen = min(self.convention(experts)[0], experts)
-        _, indices = jax.lax.top_k(jax.lax.stop_gradient(logits), chosen)
-        return jnp.sum(jax.nn.one_hot(indices, experts, dtype=logits.dtype), axis=-2)
+        # One maximum after the other is a reduction, which each device takes of its own tokens. For
+        # `lax.top_k` XLA gathers all tokens on CPU devices.
+        lowest = jnp.finfo(logits.dtype).min  # type: ignore[no-untyped-call]
+        scores = jnp.maximum(jax.lax.stop_gradient(logits), lowest)
+        chosen = jnp.zeros(logits.shape, bool)
+        for _ in range(min(self.convention(experts)[0], experts)):
+            best = jnp.argmax(jnp.where(chosen, -jnp.inf, scores), axis=-1)
+            chosen |= jax.nn.one_hot(best, experts, dtype=bool)
+        return chosen.astype(logits.dtype)
 
     def _product(self, dispatched: jax.Array, probability: jax.Array) -> jax.Array:
         _, multiple = self.convention(dispatched.shape[-1])

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from ._base import Penalty, Statistic
 from ._covariance import Scatter, squares
+from ._explicit import partitioned
 from ._fields import static
 
 
@@ -69,6 +70,9 @@ class Temporal(Penalty):
                 f' "{name}" of shape {x.shape}.'
             )
 
+    def adds_up(self, ndim: int) -> bool:
+        return self.axis not in (0, -ndim)
+
     def changes(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return Σ (x_{t+1} − x_t)² of each feature, and how many pairs of steps count.
 
@@ -113,6 +117,7 @@ class TemporalDifference(Temporal):
         arXiv:1708.01009, 2017.
     """
 
+    @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         changes, pairs = self.changes(x, where)
         return jnp.sum(changes) / max(x.shape[-1], 1), pairs
@@ -158,6 +163,7 @@ class Slowness(Temporal):
         Computation 14(4), 2002.
     """
 
+    @partitioned
     def moments(
         self, x: jax.Array, where: jax.Array | None = None
     ) -> tuple[Scatter, jax.Array, jax.Array]:

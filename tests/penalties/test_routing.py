@@ -32,6 +32,18 @@ CONVENTIONS: dict[str, Any] = {
 every_convention = pytest.mark.parametrize("penalty", CONVENTIONS.values(), ids=CONVENTIONS)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_chosen_are_those_of_top_k(k):
+    # With ties, and experts that are masked out.
+    rng = np.random.default_rng(k)
+    logits = rng.choice([-np.inf, -1.0, 0.0, 2.0, np.inf], size=(64, E)).astype(np.float32)
+    _, indices = jax.lax.top_k(logits, k)
+    expected = np.mean(np.any(np.arange(E) == np.asarray(indices)[..., None], axis=1), axis=0)
+    penalty = jr.TopKLoadBalance(1.0, k=k)
+    (chosen, _), count = penalty.moments(jnp.asarray(logits))
+    np.testing.assert_allclose(chosen / count, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "balance", "collapse"),
     [
