@@ -32,7 +32,8 @@ class Penalty(abc.ABC):
     $$ R(x) = \mathrm{finish}(\mathrm{moments}(x)) $$
 
     Implement `Separable` or `Statistic` where the penalty has that shape. Any other penalty
-    subclasses `Penalty` and implements `moments` as its value for a strength of one.
+    subclasses `Penalty` and implements `moments` as its value for a strength of one, and `adds_up`
+    where those of the parts of a batch do not add up to it.
     """
 
     strengths: ClassVar[tuple[str, ...]] = ("strength",)

@@ -18,11 +18,9 @@ X = RNG.normal(size=(8, 3, 6)).astype(np.float32)
 TOKENS = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1], [1, 0, 1]])
 TOKENS = np.concatenate([TOKENS, TOKENS[:1]]).astype(bool)
 
-SEPARABLE: dict[str, Any] = {"code": jr.L1(0.3) + jr.L2(0.1)}
-STATISTIC: dict[str, Any] = {
-    "code": jr.KLSparsity(0.3, target=0.2) + jr.Decorrelation(0.5) + jr.GroupLasso(0.1)
-}
-BOTH: dict[str, Any] = {"encoder": jr.L2(0.1), "code": STATISTIC["code"] + SEPARABLE["code"]}
+SEPARABLE: dict[str, Any] = {"code": jr.L1(0.3)}
+STATISTIC: dict[str, Any] = {"code": jr.KLSparsity(0.3, target=0.2) + jr.Decorrelation(0.5)}
+BOTH: dict[str, Any] = {"encoder": jr.GroupLasso(0.1), "code": STATISTIC["code"] + jr.L1(0.3)}
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
@@ -118,11 +119,12 @@ def test_penalize_takes_the_axes_too():
 
 def test_what_is_the_same_on_every_shard_counts_once():
     def totals(x):
-        terms = jr.activity({})(jr.nnx.ActivityRegularization(jr.L2(0.5)))(x)[1]
+        forward = jr.activity({}, reduction="sum")(jr.nnx.ActivityRegularization(jr.L2(0.5)))
+        _, terms = forward(x)
         once = jr.combine(terms, axis_name=BATCH)
         return once.total, jr.combine(once, axis_name=BATCH).total
 
-    expected = jr.penalize(X, jr.L2(0.5))
+    expected = jr.L2(0.5)(X)
     for spec in (SAME, P("data"), P(BATCH)):
         np.testing.assert_allclose(shard_map(totals, spec)(X), (expected, expected), rtol=1e-6)
 
@@ -160,6 +162,18 @@ def test_microbatches_on_each_shard(on_one_device):
 
     step = shard_map(jax.value_and_grad(accumulated, has_aux=True), SAME, P(BATCH), P(BATCH))
     assert_all_close(step(PARAMS, X, MASK), on_one_device)
+
+
+def test_shards_of_an_nnx_module_combine():
+    definition, params = nnx.split(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
+    activity = jr.activity({".": jr.GroupLasso(0.2) + jr.VarianceHinge(0.3)})
+
+    def total(params, x, axis_name=None):
+        _, terms = activity(nnx.merge(definition, params))(x)
+        return (jr.combine(terms, axis_name=axis_name) if axis_name else terms).total
+
+    sharded = shard_map(jax.value_and_grad(partial(total, axis_name=BATCH)), SAME, P(BATCH))
+    assert_all_close(sharded(params, X), jax.jit(jax.value_and_grad(total))(params, X))
 
 
 def test_a_list_of_microbatches_and_an_axis():
@@ -209,24 +223,23 @@ class Sharded(nn.Module):
     @nn.compact
     def __call__(self, x):
         w = self.param("w", nn.initializers.lecun_normal(), (6, 5))
-        penalty = ENCODER["statistic"]
 
         def encode(w, x):
-            code = nn.sigmoid(x @ w)
-            return jr.sow(self, "code", code, penalty) if self.inside else code
+            code = x @ w
+            return jr.sow(self, "code", code, jr.L1(0.5)) if self.inside else code
 
         sharded = jax.shard_map(encode, mesh=MESH, in_specs=(SAME, P(BATCH)), out_specs=P(BATCH))
         code = sharded(w, x)
-        return code if self.inside else jr.sow(self, "code", code, penalty)
+        return code if self.inside else jr.sow(self, "code", code, jr.L1(0.5))
 
 
 def test_a_shard_map_inside_of_a_model_lets_the_value_out_and_not_the_term():
     params = {"w": PARAMS["encoder"]["kernel"]}
     forward = jax.jit(jr.activity({})(Sharded(inside=False).apply))
     code, terms = forward({"params": params}, X)
-    np.testing.assert_allclose(terms["code"], jr.penalize(code, ENCODER["statistic"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["code"], 0.5 * np.abs(code).sum() / len(X), rtol=1e-5)
     with pytest.raises(ValueError, match='cannot carry the term "code" out of the transformation'):
-        jr.activity({})(Sharded(inside=True).apply)({"params": params}, X)
+        jax.eval_shape(jr.activity({})(Sharded(inside=True).apply), {"params": params}, X)
 
 
 def test_rows_of_a_kernel_by_hand():
