@@ -33,6 +33,7 @@ class Pass:
         carry: called with a module and what was measured in it.
         seen: the paths of the modules and values met, in order, to which more are added.
         initializing: whether a module was met that was being initialized: those collect nothing.
+        penalized: the penalty of each path that was measured.
     """
 
     key: Hashable
@@ -42,6 +43,7 @@ class Pass:
     carry: Callable[[Any, Measured], None]
     seen: dict[str, None] = dataclasses.field(default_factory=dict)
     initializing: bool = False
+    penalized: dict[str, Penalty] = dataclasses.field(default_factory=dict)
 
     def penalty(self, path: str, default: Penalty | None = None) -> Penalty | None:
         """Return the penalty of this path: its rule's, or else the default."""
@@ -67,6 +69,7 @@ class Pass:
                 f" {', '.join(kinds) or None}. A rule that maps it to None, put first, exempts it."
             )
         calls = [measure(x, penalty, self.reduction, self.mask, path) for x in floating]
+        self.penalized[path] = penalty
         self.carry(module, {path: tuple(calls)})
 
     def finish(self, measured: Measured) -> Measured:
