@@ -1,5 +1,6 @@
 """Flax Linen: measure at the module's output."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +50,14 @@ def run_function(
     """Run any function that calls Linen modules."""
     run, measured, out = _run(partial(forward, *args, **kwargs), new_pass, {}, collects=False)
     return out, run.finish(measured)
+
+
+def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[Any, Measured]:
+    """Run a function that calls Linen modules inside another pass, their paths below a prefix."""
+    new_pass = partial(dataclasses.replace, outer, prefix=prefix)
+    inner, measured, out = _run(forward, new_pass, outer.seen, collects=False)
+    outer.seen.update(inner.seen)
+    return out, measured
 
 
 def _run(

@@ -34,6 +34,7 @@ class Pass:
         seen: the paths of the modules and values met, in order, to which more are added.
         initializing: whether a module was met that was being initialized: those collect nothing.
         penalized: the penalty of each path that was measured.
+        prefix: the path of the module that all paths are below.
     """
 
     key: Hashable
@@ -44,6 +45,7 @@ class Pass:
     seen: dict[str, None] = dataclasses.field(default_factory=dict)
     initializing: bool = False
     penalized: dict[str, Penalty] = dataclasses.field(default_factory=dict)
+    prefix: str = TOP
 
     def penalty(self, path: str, default: Penalty | None = None) -> Penalty | None:
         """Return the penalty of this path: its rule's, or else the default."""
@@ -56,6 +58,7 @@ class Pass:
         Raises:
             TypeError: where a penalized output has no such leaf.
         """
+        path = join(*(name for name in (self.prefix, path) if name != TOP))
         self.seen[path] = None
         penalty = self.penalty(path, default)
         if penalty is None:
