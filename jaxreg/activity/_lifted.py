@@ -187,7 +187,7 @@ class Calls:
     def _explain(self, error: Exception) -> None:
         """Add the mend to an error that a transformation raises over what is leaving."""
         if self._leaving is not None:
-            error.add_note(self._leaving)
+            error.add_note(f"Unless the model itself is at fault: {self._leaving}")
             self._leaving = None
 
     def _with_other_branches(self, run: Pass, call: Call, measured: Measured) -> Measured:
