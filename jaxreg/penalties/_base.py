@@ -377,7 +377,7 @@ def squared_modulus(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def divide(total: jax.Array, count: jax.Array | None) -> jax.Array:
+def divide(total: jax.Array, count: jax.Array | np.ndarray[Any, Any] | None) -> jax.Array:
     """Return total / count; the total itself for None, and 0 for a count of 0."""
     if count is None:
         return total
