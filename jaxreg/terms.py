@@ -96,6 +96,10 @@ def _count(count: Any) -> Any:
     return jnp.asarray(count, dtype) if isinstance(count, jax.Array) else np.asarray(count, dtype)
 
 
+def _total(values: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, values) if values else jnp.zeros((), jnp.float32)
+
+
 def check_reduction(reduction: str) -> None:
     """Raise unless this is the name of a reduction."""
     if reduction not in get_args(Reduction):
@@ -143,10 +147,6 @@ class Terms(Mapping[str, jax.Array]):
 
     def __len__(self) -> int:
         return len(self.measurements)
-
-
-def _total(values: list[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.add, values) if values else jnp.zeros((), jnp.float32)
 
 
 def combine(terms: Iterable[Terms] | Terms) -> Terms:
