@@ -1,12 +1,15 @@
 """Named penalty terms: what each forward pass measured, and their total."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
@@ -42,7 +45,8 @@ class Measurement:
         # The strength is a scalar and the first leaf, so its axes are those of stacking.
         for _ in range(jnp.ndim(jax.tree.leaves(self.penalty)[0])):
             finish = jax.vmap(finish)
-        return jnp.sum(finish(self))
+        value = finish(self)
+        return jnp.sum(value) if value.ndim else value
 
     def sum(self) -> "Measurement":
         """Return the measurement of all microbatches together, which the leading axis stacks."""
@@ -120,9 +124,21 @@ def measure(
         # What only the moments read stays where they were taken.
         penalty=jax.tree.map(jnp.asarray, penalty.with_arrays(lambda _: None)),
         moments=penalty.moments(x, where),
-        count=None if count is None else jnp.asarray(count, float),
+        # A number stays one, so that nothing of the division by it is traced.
+        count=_count(count),
         adds_up=penalty.adds_up(x.ndim),
     )
+
+
+def _count(count: Any) -> Any:
+    if count is None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    return jnp.asarray(count, dtype) if isinstance(count, jax.Array) else np.asarray(count, dtype)
+
+
+def _total(values: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, values) if values else jnp.zeros((), jnp.float32)
 
 
 def check_reduction(reduction: str) -> None:
@@ -152,7 +168,7 @@ class Terms(Mapping[str, jax.Array]):
     @property
     def total(self) -> jax.Array:
         """The sum of all terms, a scalar; 0 where there are none."""
-        return sum(self.values(), start=jnp.float32(0))
+        return _total(list(self.values()))
 
     def as_dict(self) -> dict[str, jax.Array]:
         """Return a plain dict from path to scalar, for any logger."""
@@ -171,7 +187,7 @@ class Terms(Mapping[str, jax.Array]):
         return Terms({k: tuple(map(add_up, calls)) for k, calls in self.measurements.items()})
 
     def __getitem__(self, path: str) -> jax.Array:
-        return sum((m.value for m in self.measurements[path]), start=jnp.float32(0))
+        return _total([m.value for m in self.measurements[path]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.measurements)

@@ -188,3 +188,23 @@ def test_the_record_of_the_page_is_read_by_leaf(page):
 
 def test_fista_of_the_page_ends_at_exact_zeros(page):
     assert 0 < (page["solution"] == 0).sum() < 8
+
+
+def test_the_penalties_of_plain_functions_equinox_and_haiku_are_those_of_the_page():
+    namespace, _ = run("activity.md")
+    x = namespace["x"]
+    code = x @ namespace["params"]["encoder"]
+    penalty = namespace["autoencoder"](namespace["params"], x)[1]
+    np.testing.assert_allclose(penalty, 1e-3 * np.sum(code) / 4, rtol=1e-6)
+    linear = namespace["haiku_params"]["encoder"]
+    code = np.maximum(x @ linear["w"] + linear["b"], 0)
+    np.testing.assert_allclose(namespace["penalty"], 1e-3 * np.sum(code) / 4, rtol=1e-6)
+    model, gradient = (namespace[name] for name in ("model", "equinox_gradient"))
+    bias = gradient(model, x).encoder.bias
+
+    def loss(bias):
+        code = jax.nn.relu(x @ model.encoder.weight.T + bias)
+        y = code @ model.decoder.weight.T + model.decoder.bias
+        return jnp.mean((y - x) ** 2) + 1e-3 * jnp.sum(code) / 4
+
+    np.testing.assert_allclose(bias, jax.grad(loss)(model.encoder.bias), rtol=1e-5)

@@ -1,5 +1,6 @@
-"""Flax Linen: measure at the module's output, carry by `sow`."""
+"""Flax Linen: measure at the module's output."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,10 +10,8 @@ import flax.linen as nn
 from flax.core import FrozenDict, freeze
 from flax.core.scope import in_filter, union_filters
 
-from ._pass import Measured, Pass, join, merge, trace, under_way
-
-_COLLECTION = "intermediates"
-_NAME = "jaxreg_terms"
+from ._lifted import COLLECTION, Calls, take_sown
+from ._pass import Measured, Pass, join, merge, under_way
 
 
 def is_apply(forward: Any) -> bool:
@@ -23,62 +22,80 @@ def is_apply(forward: Any) -> bool:
 def run_apply(
     forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
-    """Run a module's `apply`; measurements travel in its intermediates."""
+    """Run a module's `apply`; what a lifted transformation carries is in its intermediates."""
     variables = args[0] if args else kwargs["variables"]
-    before = variables.get(_COLLECTION, {})
+    before = variables.get(COLLECTION, {})
     wanted = kwargs.get("mutable", False)
     if kwargs.get("capture_intermediates"):
-        wanted = union_filters(wanted, _COLLECTION)
-    run = new_pass(carry=_sow, seen=_modules(variables))
-    with under_way(run), nn.intercept_methods(partial(_intercept, run, [])):
-        mutable = union_filters(wanted, _COLLECTION)
-        out, state = forward(*args, **{**kwargs, "mutable": mutable})
-    rest, measured = _take(state.get(_COLLECTION, {}))
+        wanted = union_filters(wanted, COLLECTION)
+    mutable = union_filters(wanted, COLLECTION)
+    forward = partial(forward, *args, **{**kwargs, "mutable": mutable})
+    run, measured, (out, state) = _run(forward, new_pass, _modules(variables), collects=True)
+    rest, sown = take_sown(state.get(COLLECTION, {}))
+    measured = merge(measured, sown)
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
     measured = run.finish(measured)
     if wanted is False:
         return out, measured
-    kept = {name: state[name] for name in state if name != _COLLECTION}
-    if rest and in_filter(wanted, _COLLECTION):
-        kept[_COLLECTION] = rest
+    kept = {name: state[name] for name in state if name != COLLECTION}
+    if rest and in_filter(wanted, COLLECTION):
+        kept[COLLECTION] = rest
     return (out, freeze(kept) if isinstance(state, FrozenDict) else kept), measured
 
 
 def run_function(
     forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
-    """Run any function that calls Linen modules; measurements are kept where they are made."""
-    here = trace()
-    measured: Measured = {}
-
-    def keep(module: Any, more: Measured) -> None:
-        if trace() != here:
-            raise ValueError(
-                f'`jaxreg.activity` cannot take the term "{join(*more)}" out of the transformation'
-                " around it. Give it the module's own `apply`, inside the transformation:"
-                " `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
-            )
-        measured.update(merge(measured, more))
-
-    run = new_pass(carry=keep)
-    with under_way(run), nn.intercept_methods(partial(_intercept, run, [])):
-        out = forward(*args, **kwargs)
+    """Run any function that calls Linen modules."""
+    run, measured, out = _run(partial(forward, *args, **kwargs), new_pass, {}, collects=False)
     return out, run.finish(measured)
+
+
+def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[Any, Measured]:
+    """Run a function that calls Linen modules inside another pass, their paths below a prefix."""
+    new_pass = partial(dataclasses.replace, outer, prefix=prefix)
+    inner, measured, out = _run(forward, new_pass, outer.seen, collects=False)
+    outer.seen.update(inner.seen)
+    return out, measured
+
+
+def _run(
+    forward: Callable[[], Any],
+    new_pass: Callable[..., Pass],
+    seen: dict[str, None],
+    *,
+    collects: bool,
+) -> tuple[Pass, Measured, Any]:
+    """Run a forward pass; return what was measured outside of its lifted transformations."""
+    calls = Calls(collects=collects)
+    while True:
+        run = new_pass(carry=calls.carry, seen=dict(seen))
+        # A jitted module lets terms out in another way.
+        run.key = (run.key, collects)
+        try:
+            with (
+                calls.begin(),
+                under_way(run),
+                nn.intercept_methods(partial(_intercept, run, calls)),
+            ):
+                out = forward()
+        except Exception:
+            if not calls.learned_branches():
+                raise
+        else:
+            return run, calls.innermost.measured, out
 
 
 def _intercept(
     run: Pass,
-    calling: list[nn.Module],
+    calls: Calls,
     call: Callable[..., Any],
     args: Any,
     kwargs: Any,
     context: Any,
 ) -> Any:
-    """Call a module's method, and measure what its `__call__` puts out.
-
-    `calling` holds the modules that are inside their `__call__`.
-    """
+    """Call a module's method, and measure what its `__call__` puts out."""
     module = context.module
     if module.scope is None:
         return call(*args, **kwargs)
@@ -88,19 +105,15 @@ def _intercept(
     # By name is not enough: `__call__` may be an alias. By name is too much within `__call__`: that
     # is a `super().__call__`.
     is_call = context.orig_method.func is getattr(type(module).__call__, "__wrapped__", None) or (
-        context.method_name == "__call__" and not any(module is other for other in calling)
+        context.method_name == "__call__" and not calls.calling(module)
     )
-    if not is_call:
-        with _watched(run, module):
-            return call(*args, **kwargs)
-    calling.append(module)
-    try:
+    is_call = is_call and not calls.share_scope(module)
+    with calls.entered(module, is_call=is_call) as entered:
         with _watched(run, module):
             out = call(*args, **kwargs)
-    finally:
-        calling.pop()
-    run.record(module, join(*module.path), out)
-    return out
+        if is_call:
+            run.record(module, join(*module.path), out)
+    return calls.leave(run, entered, out)
 
 
 @contextmanager
@@ -111,7 +124,7 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
         return
 
     def sow(col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
-        if col == _COLLECTION:
+        if col == COLLECTION:
             run.record(module, join(*module.path, name), value)
         return type(module).sow(module, col, name, value, *args, **kwargs)
 
@@ -120,42 +133,6 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(module, "sow")
-
-
-def _sow(module: Any, measured: Measured) -> None:
-    """Carry measurements in the module's intermediates."""
-    if module.scope.trace_level != trace():
-        raise ValueError(
-            f'`jaxreg.activity` cannot carry the term "{join(*measured)}" out of the transformation'
-            " around it. Use Flax's lifted transformations inside modules (`nn.vmap`, `nn.remat`,"
-            " `nn.cond`) rather than JAX's own, and in a lifted function call the submodules of the"
-            " module that it is given."
-        )
-    if not nn.Module.sow(module, _COLLECTION, _NAME, measured, reduce_fn=merge, init_fn=dict):
-        raise ValueError(
-            f'`jaxreg.activity` cannot carry the term "{join(*measured)}" out of the lifted'
-            ' transformation around it. Add "intermediates": 0 to its `variable_axes`, as in'
-            ' `nn.scan(..., variable_axes={"params": 0, "intermediates": 0})`; so for `nn.vmap`.'
-            " Another model's module that is applied inside this one cannot carry any; a rule that"
-            " maps its path to None exempts it."
-        )
-
-
-def _take(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
-    """Split intermediates into what the user's model sowed and what was measured."""
-    rest: dict[str, Any] = {}
-    measured: Measured = dict(tree.get(_NAME, {}))
-    for name in tree:
-        if name == _NAME:
-            continue
-        child = tree[name]
-        if isinstance(child, Mapping):
-            child, more = _take(child)
-            measured = merge(measured, more)
-            if more and not child:
-                continue
-        rest[name] = child
-    return rest, measured
 
 
 def _modules(variables: Mapping[str, Any]) -> dict[str, None]:

@@ -2,11 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
+from flax.errors import TraceContextError
+from flax.nnx import bridge
 
+from ._linen import run_inside
 from ._pass import Measured, Pass, current, join, merge, trace, under_way
 
 Path = tuple[Any, ...]
@@ -54,7 +57,12 @@ def run_module(
             node._jaxreg_terms = nnx.data(PenaltyTerm({}))
     call: Any = copy if forward is module else getattr(copy, forward.__name__)
     with under_way(run):
-        out = call(*args, **kwargs)
+        try:
+            out = call(*args, **kwargs)
+        except Exception as error:
+            if "_jaxreg_terms" in str(error):
+                raise ValueError(_refused(carried)) from error
+            raise
 
     measured: Measured = {}
     for _, node in copies:
@@ -84,10 +92,14 @@ def _watched(cls: Any, path: Path) -> Any:
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = cls.__call__(self, *args, **kwargs)
         run = current()
-        if run is not None:
-            run.record(self, join(*path), out)
+        if run is None:
+            return cls.__call__(self, *args, **kwargs)
+        if issubclass(cls, bridge.ToNNX):
+            # What the wrapper puts out the Linen module inside does, under the same path.
+            return _run_linen(run, self, functools.partial(cls.__call__, self, *args, **kwargs))
+        out = cls.__call__(self, *args, **kwargs)
+        run.record(self, join(*path), out)
         return out
 
     def sow(self: Any, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,24 +116,60 @@ def _watched(cls: Any, path: Path) -> Any:
     return type(cls)(cls.__name__, (cls,), members)
 
 
+def _run_linen(run: Pass, module: Any, call: Callable[[], Any]) -> Any:
+    """Run a Linen module that NNX wraps, and carry what is measured inside it."""
+    terms = getattr(module, "_jaxreg_terms", None)
+    if terms is not None:
+        del module._jaxreg_terms  # which the wrapper would give to the Linen module
+    try:
+        out, measured = run_inside(run, join(*path_of(module)), call)
+    finally:
+        if terms is not None:
+            module._jaxreg_terms = nnx.data(terms)
+    if measured:
+        run.carry(module, measured)
+    return out
+
+
 def _carry(
     carried: dict[str, set[tuple[int, bool]]], here: Any, module: Any, measured: Measured
 ) -> None:
     """Carry measurements in the module's own Variable, and note each for `_require_carried`."""
     if not hasattr(module, "_jaxreg_path"):
         raise ValueError(
-            f'`jaxreg.activity` cannot carry the term "{join(*measured)}": its module is not part'
-            " of the module that was wrapped."
+            f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}": its module is not'
+            " part of the module that was wrapped."
         )
     if not hasattr(module, "_jaxreg_terms"):
         module._jaxreg_terms = nnx.data(PenaltyTerm({}))
     terms = module._jaxreg_terms
+    try:
+        terms.set_value(terms.get_value())
+    except TraceContextError as error:
+        raise ValueError(
+            f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}" out of the'
+            " transformation around it. Use NNX's transformations (`nnx.vmap`, `nnx.remat`,"
+            " `nnx.grad`) rather than JAX's own, and give them the module."
+        ) from error
     for path in measured:
         # A transformation may trace a call several times; that notes the same again.
         calls_before = len(terms.get_value().get(path, ()))
         carried.setdefault(path, set()).add((calls_before, trace() == here))
     for path, calls in merge(terms.get_value(), measured).items():
         terms[path] = calls
+
+
+def _refused(carried: Mapping[str, Any]) -> str:
+    """Return what to do where a transformation does not take the Variable that carries a term."""
+    term = f'the term "{[*carried][-1]}"' if carried else "a term"
+    return (
+        f"`jaxreg.activity` cannot carry {term} out of the transformation around it."
+        " `nnx.vmap` and `nnx.scan` need an axis for it, by `nnx.StateAxes({"
+        "jaxreg.nnx.PenaltyTerm: 0, ...})`, and `nnx.split` a filter, by `...`. The branches of"
+        " `nnx.cond` and `nnx.switch` must call the same modules, and `nnx.while_loop` and"
+        " `nnx.fori_loop` cannot carry any: penalize what they return, by `jaxreg.sow`; a rule that"
+        " maps the path to None exempts it inside."
+    )
 
 
 def _require_carried(carried: dict[str, set[tuple[int, bool]]], measured: Measured) -> None:

@@ -33,6 +33,8 @@ class Pass:
         carry: called with a module and what was measured in it.
         seen: the paths of the modules and values met, in order, to which more are added.
         initializing: whether a module was met that was being initialized: those collect nothing.
+        penalized: the penalty of each path that was measured.
+        prefix: the path of the module that all paths are below.
     """
 
     key: Hashable
@@ -42,6 +44,8 @@ class Pass:
     carry: Callable[[Any, Measured], None]
     seen: dict[str, None] = dataclasses.field(default_factory=dict)
     initializing: bool = False
+    penalized: dict[str, Penalty] = dataclasses.field(default_factory=dict)
+    prefix: str = TOP
 
     def penalty(self, path: str, default: Penalty | None = None) -> Penalty | None:
         """Return the penalty of this path: its rule's, or else the default."""
@@ -54,6 +58,7 @@ class Pass:
         Raises:
             TypeError: where a penalized output has no such leaf.
         """
+        path = join(*(name for name in (self.prefix, path) if name != TOP))
         self.seen[path] = None
         penalty = self.penalty(path, default)
         if penalty is None:
@@ -67,6 +72,7 @@ class Pass:
                 f" {', '.join(kinds) or None}. A rule that maps it to None, put first, exempts it."
             )
         calls = [measure(x, penalty, self.reduction, self.mask, path) for x in floating]
+        self.penalized[path] = penalty
         self.carry(module, {path: tuple(calls)})
 
     def finish(self, measured: Measured) -> Measured:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ._checks import require
@@ -390,10 +391,12 @@ def squared_modulus(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def divide(total: jax.Array, count: jax.Array | None) -> jax.Array:
+def divide(total: jax.Array, count: jax.Array | np.ndarray[Any, Any] | None) -> jax.Array:
     """Return total / count; the total itself for None, and 0 for a count of 0."""
     if count is None:
         return total
+    if isinstance(count, np.ndarray):  # known while tracing: one operation instead of five
+        return total / count.astype(total.dtype) if count > 0 else jnp.zeros_like(total)
     count = jnp.asarray(count, total.dtype)
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.zeros_like(total))
 

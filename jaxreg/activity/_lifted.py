@@ -1,0 +1,354 @@
+"""How measurements leave the lifted transformations of Linen.
+
+Each method call that is under way holds what was measured in it. Where it returns to a caller in
+the same JAX trace, that goes to the caller as it is. Where a lifted transformation lies between, it
+leaves with the values that the transformation itself lets out: as a variable in `intermediates`
+where the transformation carries that collection, and else beside the method's output.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxreg.penalties import Penalty
+from jaxreg.terms import Measurement
+
+from ._pass import Measured, Pass, join, merge, trace
+
+COLLECTION = "intermediates"
+_NAME = "jaxreg_terms_"
+# What stacks its outputs, and what else returns them once and as they are.
+_STACKING = ("scan", "vmap")
+_PASSING = {*_STACKING, "remat", "jit", "cond", "switch", "map_variables", "fold_rngs"}
+
+
+@dataclasses.dataclass
+class Call:
+    """A method call that is under way; the outermost one stands for the caller of the forward pass.
+
+    Args:
+        lifts: how often each lifted transformation lies around it.
+        is_call: whether the method is the module's `__call__`.
+        trace: the JAX trace that it runs in.
+        measured: what has been measured in it.
+    """
+
+    module: nn.Module | None = None
+    lifts: Counter[str] = dataclasses.field(default_factory=Counter)
+    is_call: bool = False
+    trace: Any = dataclasses.field(default_factory=trace)
+    measured: Measured = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, *, is_call: bool) -> "Call":
+        """Return the call of a bound module's method."""
+        # Flax writes the transformations around a scope into its path for error messages.
+        path = "/".join(map(str, module.scope.debug_path)) if module.scope is not None else ""
+        return cls(module, Counter(re.findall(r"(\w+)\(", path)), is_call)
+
+
+class Calls:
+    """The method calls that are under way in one forward pass, the innermost last.
+
+    Args:
+        collects: whether the pass runs a module's `apply`, which returns its intermediates.
+    """
+
+    def __init__(self, *, collects: bool):
+        self.collects = collects
+        self._level = len(_under_way.get())
+        self._stack: list[Call] = []
+        self._branches: dict[str, Measured] = {}
+        self._grown = False
+        self._taken: list[Any] = []
+        self._leaving: str | None = None  # said of an error that a transformation raises over it
+
+    @property
+    def innermost(self) -> Call:
+        """The innermost call."""
+        return self._stack[-1]
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Begin the forward pass."""
+        self._stack, self._grown, self._taken, self._leaving = [Call()], False, [], None
+        token = _under_way.set((*_under_way.get(), self))
+        try:
+            yield
+        finally:
+            _under_way.reset(token)
+
+    @contextmanager
+    def entered(self, module: nn.Module, *, is_call: bool) -> Iterator[Call]:
+        """Make a method call the innermost one."""
+        call = Call.of(module, is_call=is_call)
+        self._stack.append(call)
+        self._leaving = None
+        try:
+            yield call
+        except Exception as error:
+            self._explain(error)
+            raise
+        finally:
+            self._stack.pop()
+        self._leaving = None
+
+    def calling(self, module: nn.Module) -> bool:
+        """Return whether the module is inside its `__call__`."""
+        return any(call.module is module and call.is_call for call in self._stack)
+
+    def share_scope(self, module: nn.Module) -> bool:
+        """Return whether a module that shares its scope with this one is inside its `__call__`."""
+        return any(
+            call.is_call
+            and call.module is not None
+            and call.module is not module
+            and call.module.scope is module.scope
+            for call in self._stack
+        )
+
+    def learned_branches(self) -> bool:
+        """Return whether this pass found measurements that other branches have to make room for."""
+        return self._grown
+
+    def carry(self, module: Any, measured: Measured) -> None:
+        """Keep what was measured in the innermost call."""
+        call = self.innermost
+        if call.trace != trace():
+            raise ValueError(_between_traces(measured, lone=call.module is None))
+        call.measured = merge(call.measured, measured)
+
+    def leave(self, run: Pass, call: Call, out: Any) -> Any:
+        """Hand what was measured in a call to its caller; return what the call is to return."""
+        caller = self.innermost
+        if call.measured and self.collects and _is_anothers(call):
+            raise ValueError(
+                f"{_cannot(call.measured)}: it is another model's, which is applied inside this"
+                " one. A rule that maps its path to None exempts it."
+            )
+        if caller.trace == call.trace:
+            caller.measured = merge(caller.measured, call.measured)
+            return out
+        between = call.lifts - caller.lifts
+        measured = call.measured
+        if between["cond"] or between["switch"]:
+            measured = self._with_other_branches(run, call, measured)
+        if not measured:
+            return out
+        if not between:
+            raise ValueError(_between_traces(measured, lone=caller.module is None))
+        for lift, mend in _MENDS.items():
+            if between[lift]:
+                raise ValueError(f"{_cannot(measured)} out of the `nn.{lift}` around it. {mend}")
+        mend = f"{_cannot(measured)} {_ADD_AXIS}"
+        if self.collects and _sow(call, measured):
+            stacks = any(between[lift] for lift in _STACKING)
+            self._leaving = f"{mend} {_NOT_ELSEWHERE}" if stacks else None
+            return out
+        if not set(between) <= _PASSING:
+            raise ValueError(mend)
+        self._leaving = mend
+        beside = partial(_Beside, measured=measured, level=self._level, jitted=between["jit"] > 0)
+        if between["scan"] and isinstance(out, tuple) and len(out) == 2:
+            carry, stacked = out
+            return carry, _with_last_leaf(beside, stacked)
+        return _with_last_leaf(beside, out)
+
+    def take(self, beside: "_Beside") -> Any:
+        """Take measurements from beside an output, if it has come back to the innermost call."""
+        call = self.innermost
+        jitted = beside.jitted and not isinstance(beside.probe, jax.core.Tracer)
+        if call.trace != trace():
+            return dataclasses.replace(beside, jitted=jitted)
+        self._leaving = None
+        # JAX may put one output together twice.
+        if not any(beside.probe is probe for probe in self._taken):
+            self._taken.append(beside.probe)
+            if jitted:
+                # JAX's fast path for such functions must not meet a tree that loses leaves.
+                raise ValueError(
+                    f"{_cannot(beside.measured)} out of an `nn.jit` that no `jax.jit` is around."
+                    " Put one around the forward pass, or give it the module's own `apply`."
+                )
+            if beside.probe.shape[-1] != 0:
+                raise ValueError(f"{_cannot(beside.measured)} {_ADD_AXIS}")
+            call.measured = merge(call.measured, beside.measured)
+        return beside.output
+
+    def _explain(self, error: Exception) -> None:
+        """Add the mend to an error that a transformation raises over what is leaving."""
+        if self._leaving is not None:
+            error.add_note(f"Unless the model itself is at fault: {self._leaving}")
+            self._leaving = None
+
+    def _with_other_branches(self, run: Pass, call: Call, measured: Measured) -> Measured:
+        """Return the measurements, and empty ones in place of those of other branches.
+
+        All branches must return the same tree. What one of them measures is known once it was
+        traced, so that the forward pass may have to run again.
+        """
+        assert call.module is not None
+        known = self._branches.setdefault(join(*call.module.path), {})
+        for path, calls in measured.items():
+            if len(calls) > len(known.get(path, ())):
+                known[path] = tuple(_placeholder(run.penalized[path], m) for m in calls)
+                self._grown = True
+        absent = {
+            path: tuple(map(_empty, calls[len(measured.get(path, ())) :]))
+            for path, calls in known.items()
+        }
+        return {path: measured.get(path, ()) + absent[path] for path in known}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """A leaf of an output, and measurements that leave a transformation beside it.
+
+    When JAX puts the output together outside of the transformation, the leaf alone is left.
+
+    Args:
+        output: the leaf.
+        measured: the measurements.
+        probe: see `_probe`.
+        level: how many forward passes are around the one that measured.
+        jitted: whether a jitted function returns it.
+    """
+
+    output: Any
+    measured: Measured
+    probe: Any = dataclasses.field(default_factory=lambda: _probe())
+    level: int = 0
+    jitted: bool = False
+
+
+def _take_apart(beside: _Beside) -> tuple[Any, Any]:
+    return (beside.output, beside.measured, beside.probe), (beside.level, beside.jitted)
+
+
+def _put_together(static: tuple[int, bool], children: Any) -> Any:
+    output, measured, probe = children
+    beside = _Beside(output, measured, probe, *static)
+    calls = _under_way.get()
+    # JAX also makes trees of placeholders.
+    if not isinstance(beside.probe, jax.Array) or beside.level >= len(calls):
+        return beside
+    return calls[beside.level].take(beside)
+
+
+jax.tree_util.register_pytree_node(_Beside, _take_apart, _put_together)
+
+
+def _with_last_leaf(wrap: Callable[[Any], Any], out: Any) -> Any:
+    """Wrap the last leaf of an output, or one that has none.
+
+    The axes of outputs are a prefix of their tree, so that a leaf may become a tree.
+    """
+    leaves, structure = jax.tree.flatten(out)
+    if not leaves:
+        return wrap(out)
+    return jax.tree.unflatten(structure, [*leaves[:-1], wrap(leaves[-1])])
+
+
+def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
+    """Split intermediates into what the user's model sowed and what was measured."""
+    rest: dict[str, Any] = {}
+    measured: Measured = {}
+    for name, child in tree.items():
+        if name.startswith(_NAME):
+            more, probe = child
+            if probe.shape[-1] != 0 or probe.ndim - 1 != int(name.removeprefix(_NAME)):
+                raise ValueError(f"{_cannot(more)} {_ADD_AXIS} {_NOT_ELSEWHERE}")
+            measured = merge(measured, more)
+        elif isinstance(child, Mapping):
+            kept, more = take_sown(child)
+            measured = merge(measured, more)
+            if kept or not more:
+                rest[name] = kept
+        else:
+            rest[name] = child
+    return rest, measured
+
+
+def _placeholder(penalty: Penalty, measurement: Measurement) -> Measurement:
+    """Return the shapes of a measurement, without what belongs to the trace that it was made in."""
+    moments, count = jax.eval_shape(lambda: (measurement.moments, measurement.count))
+    penalty = penalty.with_arrays(lambda _: None)
+    return dataclasses.replace(measurement, penalty=penalty, moments=moments, count=count)
+
+
+def _empty(like: Measurement) -> Measurement:
+    """Return the measurement of an empty batch, which is worth 0."""
+    moments, count = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.moments, like.count))
+    penalty = jax.tree.map(jnp.asarray, like.penalty)
+    return dataclasses.replace(like, penalty=penalty, moments=moments, count=count)
+
+
+def _is_anothers(call: Call) -> bool:
+    """Return whether a call is one of a model that was applied without our collection."""
+    scope = call.module.scope if call.module is not None else None
+    return scope is not None and not call.lifts and not scope.is_mutable_collection(COLLECTION)
+
+
+def _sow(call: Call, measured: Measured) -> bool:
+    """Put measurements into the intermediates of a call's module, if they leave with the call."""
+    assert call.module is not None
+    axes = sum(call.lifts[lift] for lift in _STACKING)
+    return nn.Module.sow(
+        call.module,
+        COLLECTION,
+        f"{_NAME}{axes}",
+        (measured, _probe()),
+        reduce_fn=lambda sown, new: (merge(sown[0], new[0]), new[1]),
+        init_fn=lambda: ({}, None),
+    )
+
+
+def _probe() -> jax.Array:
+    """Return an array of no elements; where its axis ends up tells where others were added."""
+    return jnp.zeros((0,))
+
+
+def _cannot(measured: Measured) -> str:
+    return f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}"'
+
+
+def _between_traces(measured: Measured, *, lone: bool) -> str:
+    if lone:
+        return (
+            f'`jaxreg.activity` cannot take the term "{next(iter(measured))}" out of the'
+            " transformation around it. Give it the module's own `apply`, inside the"
+            " transformation: `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
+        )
+    return (
+        f"{_cannot(measured)} out of the transformation around it. Use Flax's lifted"
+        " transformations inside modules (`nn.vmap`, `nn.remat`, `nn.cond`) rather than JAX's own,"
+        " and in a lifted function call the submodules of the module that it is given."
+    )
+
+
+_ADD_AXIS = (
+    'out of the lifted transformation around it. Add "intermediates": 0 to its `variable_axes`, as'
+    ' in `nn.scan(..., variable_axes={"params": 0, "intermediates": 0})`; so for `nn.vmap`.'
+)
+_NOT_ELSEWHERE = (
+    "There it must be, with that axis: not in `variable_broadcast` or `variable_carry`."
+)
+_OUTSIDE = (
+    "Penalize what it returns, by `jaxreg.sow` outside of it; a rule that maps the path to None"
+    " exempts it inside."
+)
+_MENDS = {
+    "custom_vjp": f"Its `backward_fn` would leave the term without a gradient. {_OUTSIDE}",
+    "while_loop": f"It cannot stack a term for each turn: use `nn.scan` with `length=`. {_OUTSIDE}",
+}
+
+_under_way: ContextVar[tuple[Calls, ...]] = ContextVar("jaxreg_calls", default=())

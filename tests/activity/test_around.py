@@ -1,0 +1,215 @@
+"""JAX's transformations around a forward pass, in Linen and in NNX; plain functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+import jaxreg as jr
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(8, 3)).astype(np.float32)
+PARAMS = {"kernel": jnp.asarray(RNG.normal(size=(3, 4)), "f"), "bias": jnp.ones(4)}
+PENALTY = jr.L2(0.5) + jr.KLSparsity(0.5, target=0.2)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.sigmoid(nn.Dense(4, name="dense")(x)) ** 2
+
+
+class Scanned(nn.Module):
+    """The same, whose term leaves beside the output of a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(module, x, _):
+            return x, module(x)
+
+        scanned = nn.scan(body, variable_broadcast="params", length=1)
+        return scanned(Linen(name="inner"), x, None)[1][0]
+
+
+class Nnx(nnx.Module):
+    def __init__(self, params):
+        self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        nnx.update(self.dense, {name: nnx.Param(value) for name, value in params.items()})
+
+    def __call__(self, x):
+        return jr.sow(self, "code", nnx.sigmoid(self.dense(x)) ** 2, PENALTY)
+
+
+def linen(params, x):
+    forward = jr.activity({".": PENALTY})(Linen().apply)
+    return forward({"params": {"dense": params}}, x)[1]
+
+
+def beside(params, x):
+    variables = {"params": {"inner": {"dense": params}}}
+    return jr.activity({"inner": PENALTY})(Scanned().apply)(variables, x)[1]
+
+
+def in_nnx(params, x):
+    return jr.activity({})(Nnx(params))(x)[1]
+
+
+def code(params, x):
+    return jax.nn.sigmoid(x @ params["kernel"] + params["bias"]) ** 2
+
+
+def by_hand(params, x):
+    """The L2 of the codes by batch mean, and the KL divergence of their means."""
+    h = code(params, x)
+    mean, target = jnp.mean(h, 0), 0.2
+    divergence = target * jnp.log(target / mean) + (1 - target) * jnp.log((1 - target) / (1 - mean))
+    return 0.5 * jnp.sum(h**2) / len(x) + 0.5 * jnp.sum(divergence)
+
+
+FORWARDS: dict[str, Callable[..., Any]] = {"linen": linen, "beside": beside, "nnx": in_nnx}
+WEIGHTS = jnp.arange(1.0, 5.0)
+
+
+def ordinary(loss):
+    return jax.value_and_grad(loss)(PARAMS, X)
+
+
+def mapped(loss):
+    """Over four batches of two examples each, with weights of their own."""
+    batches = X.reshape(4, 2, 3)
+
+    def total(params):
+        return jnp.sum(WEIGHTS * jax.vmap(loss, in_axes=(None, 0))(params, batches))
+
+    return jax.value_and_grad(total)(PARAMS)
+
+
+def ensemble(loss):
+    stacked = jax.tree.map(lambda p: jnp.stack([p, -p, 2 * p]), PARAMS)
+    return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None))(stacked, X)
+
+
+def checkpointed(loss):
+    return jax.value_and_grad(jax.checkpoint(loss))(PARAMS, X)
+
+
+def scanned(loss):
+    """The sum of each microbatch's penalty; for one penalty of all see `combine`."""
+
+    def total(params):
+        step = lambda total, x: (total + loss(params, x), None)  # noqa: E731
+        return jax.lax.scan(step, 0.0, X.reshape(4, 2, 3))[0]
+
+    return jax.value_and_grad(total)(PARAMS)
+
+
+def conditional(loss):
+    def chosen(params, flag):
+        return jax.lax.cond(flag, loss, lambda params, x: 2 * loss(params, 3 * x), params, X)
+
+    return [jax.value_and_grad(chosen)(PARAMS, flag) for flag in (True, False)]
+
+
+def linearized(loss):
+    value, push = jax.linearize(lambda params: loss(params, X), PARAMS)
+    return value, push(PARAMS), jax.linear_transpose(push, PARAMS)(1.0)
+
+
+def forward_mode(loss):
+    value, tangent = jax.jvp(lambda params: loss(params, X), (PARAMS,), (PARAMS,))
+    return value, tangent, jax.jacfwd(loss)(PARAMS, X)
+
+
+def curvature(loss):
+    """Forward over reverse."""
+    return jax.jvp(lambda params: jax.grad(loss)(params, X), (PARAMS,), (PARAMS,))[1]
+
+
+def sharded(loss):
+    """A device for each two examples, each with a penalty of its own batch."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    data, all_of_it = PartitionSpec("data"), PartitionSpec()
+
+    @jax.shard_map(mesh=mesh, in_specs=(all_of_it, data), out_specs=all_of_it)
+    def total(params, x):
+        return jax.lax.psum(loss(params, x), "data")
+
+    return jax.value_and_grad(total)(PARAMS, jnp.asarray(X))
+
+
+AROUND = [
+    ordinary,
+    mapped,
+    ensemble,
+    checkpointed,
+    scanned,
+    conditional,
+    linearized,
+    forward_mode,
+    curvature,
+    sharded,
+]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_value_and_derivatives_are_those_of_a_loss_written_by_hand(around):
+    @jax.jit
+    def all_of_them():
+        losses = {n: lambda params, x, f=f: f(params, x).total for n, f in FORWARDS.items()}
+        return {name: around(loss) for name, loss in ({"by hand": by_hand} | losses).items()}
+
+    results = all_of_them()
+    expected = results.pop("by hand")
+    for name, result in results.items():
+        chex.assert_trees_all_close(
+            result, expected, rtol=2e-5, atol=1e-6, custom_message=f"{name} under {around.__name__}"
+        )
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_microbatches_of_a_scan_combine(name):
+    forward = FORWARDS[name]
+
+    @jax.jit
+    @jax.value_and_grad
+    def ours(params):
+        step = lambda _, x: (None, forward(params, x))  # noqa: E731
+        return jr.combine(jax.lax.scan(step, None, X.reshape(4, 2, 3))[1]).total
+
+    chex.assert_trees_all_close(
+        ours(PARAMS), jax.value_and_grad(by_hand)(PARAMS, X), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_no_tracer_leaks(name):
+    """Models are kept across steps, and so are activities; terms are not."""
+    forward = FORWARDS[name]
+    with jax.checking_leaks():
+        total = jax.jit(jax.value_and_grad(lambda params, x: forward(params, x).total))(PARAMS, X)[
+            0
+        ]
+    np.testing.assert_allclose(total, by_hand(PARAMS, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["batch_mean", "sum", "mean", "token_mean"])
+def test_penalize_is_the_arithmetic_of_an_activity(reduction):
+    """For plain functions, Equinox and Haiku."""
+    forward = jr.activity({".": PENALTY}, reduction=reduction)(Linen().apply)
+
+    def ours(params):
+        return forward({"params": {"dense": params}}, X)[1].total
+
+    def plain(params):
+        return jr.penalize(code(params, X), PENALTY, reduction=reduction)
+
+    chex.assert_trees_all_close(
+        *(jax.jit(jax.value_and_grad(loss))(PARAMS) for loss in (ours, plain)), rtol=1e-6
+    )
