@@ -46,6 +46,9 @@ class Outcome(Protocol):
     def gradient(self, coefficients: tuple[jax.Array, ...]) -> jax.Array:
         """Return the derivative of Σ coefficient · term by the logits."""
 
+    def tangent(self, logits: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Return the tangents of terms and statistics, given that of the logits."""
+
 
 class OfLogits(Protocol):
     """A function of each token's logits."""
@@ -183,10 +186,7 @@ def _sweep(
     def body(sums: Any, chunk: Any) -> Any:
         h, d, c = chunk
         h = h.astype(settings.dtype)
-        logits = settings.product(h, cast, settings.wide)
-        if bias is not None:
-            logits += bias.astype(settings.wide)
-        capped = settings.cap(logits)
+        capped = settings.cap(_logits(settings, h, cast, bias))
         outcome = settings.function(capped, d)
         values = outcome.terms, outcome.statistics
         if c is None:
@@ -210,6 +210,13 @@ def _sweep(
     # Where the sweep is differentiated itself, for second derivatives, a chunk is computed again.
     (by_weight, by_bias), (values, by_hidden) = _scan(body, sums, inputs, settings.chunk_of(weight))
     return *values, (by_hidden, by_weight, by_bias)
+
+
+def _logits(
+    settings: Settings, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    logits = settings.product(hidden, weight, settings.wide)
+    return logits if bias is None else logits + bias.astype(settings.wide)
 
 
 def _recompute(
@@ -240,23 +247,19 @@ def _recompute(
     def body(_: None, chunk: Any) -> Any:
         h, h_dot, d = chunk
         h = h.astype(settings.dtype)
-        logits = settings.product(h, cast, settings.wide)
-        logits_dot = jnp.zeros_like(logits)
-        if bias is not None:
-            logits += bias.astype(settings.wide)
+        capped = settings.cap(_logits(settings, h, cast, bias))
+        products = []
         if h_dot is not None:
             h_dot = h_dot.astype(settings.dtype)
-            logits_dot += settings.product(h_dot, cast, settings.dtype)
+            products.append(settings.product(h_dot, cast, settings.dtype))
         if weight_dot is not None:
-            logits_dot += settings.product(h, weight_dot.astype(settings.dtype), settings.dtype)
+            narrow = weight_dot.astype(settings.dtype)
+            products.append(settings.product(h, narrow, settings.dtype))
+        logits_dot: Any = sum(product.astype(settings.wide) for product in products)
         if bias_dot is not None:
             logits_dot += bias_dot
-
-        def values(logits: jax.Array) -> Any:
-            outcome = settings.function(settings.cap(logits), d)
-            return outcome.terms, outcome.statistics
-
-        return None, jax.jvp(values, (logits,), (logits_dot,))[1]
+        logits_dot = jnp.broadcast_to(logits_dot * settings.slope_of_cap(capped), capped.shape)
+        return None, settings.function(capped, d).tangent(logits_dot)
 
     return _scan(body, None, (hidden, hidden_dot, data), settings.chunk_of(weight))[1]
 

@@ -22,29 +22,33 @@ class CrossEntropy:
 
     def __call__(self, logits: jax.Array, data: jax.Array) -> "Outcome":
         labels, name = data[:, None], self.vocab_axis_name
-        block = logits.shape[-1]
-        words = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        vocabulary = block
+        block = vocabulary = logits.shape[-1]
+        first = 0
         largest = lax.stop_gradient(jnp.max(logits, axis=-1))
         if name is not None:
-            words += block * lax.axis_index(name)
+            first = block * lax.axis_index(name)
             vocabulary *= lax.axis_size(name)
             largest = lax.pmax(largest, name)  # type: ignore[no-untyped-call]
+        # All logits -inf: log 0 is -inf, and -inf less itself would be NaN.
+        largest = jnp.where(largest == -jnp.inf, 0, largest)
+        shifted = logits - largest[:, None]
+
+        # Zeros and indices that do not come from the chunk would be an array of its size, which
+        # the differentiation of a scan computes before it, and keeps.
+        zero = 0 * labels
+        is_label = jnp.arange(block) + (first + zero[0]) == labels
 
         def total(x: jax.Array) -> jax.Array:
             return psum(jnp.sum(x, axis=-1), name)  # type: ignore[no-any-return]
 
-        # All logits -inf: log 0 is -inf, and -inf less itself would be NaN.
-        largest = jnp.where(largest == -jnp.inf, 0, largest)
-        shifted = logits - largest[:, None]
-        is_label = words == labels
         log_sum = jnp.log(total(jnp.exp(shifted)))
-        of_label = total(jnp.where(is_label, shifted, 0))
+        of_label = total(jnp.where(is_label, shifted, zero.astype(shifted.dtype)))
         target = of_label
         if self.label_smoothing:
             target = (1 - self.label_smoothing) * of_label
             target += self.label_smoothing / vocabulary * total(shifted)
-        earlier = total(jnp.where((shifted == 0) & (words < labels), 1.0, 0.0))
+        before = jnp.arange(block) + (first + zero[0]) < labels
+        earlier = total(((shifted == 0) & before).astype(shifted.dtype))
         correct = (of_label == 0) & (earlier == 0)
         lse = largest + log_sum
         return Outcome(
@@ -53,8 +57,9 @@ class CrossEntropy:
             # exp(logits - lse) would have the rounding error of lse.
             log_probabilities=shifted - log_sum[:, None],
             is_label=is_label,
-            smoothing=self.label_smoothing,
-            vocabulary=vocabulary,
+            at_label=1 - self.label_smoothing,
+            elsewhere=self.label_smoothing / vocabulary,
+            vocab_axis_name=name,
         )
 
 
@@ -66,18 +71,27 @@ class Outcome:
     statistics: tuple[jax.Array, jax.Array]
     log_probabilities: jax.Array
     is_label: jax.Array
-    smoothing: float
-    vocabulary: int
+    at_label: float
+    elsewhere: float
+    vocab_axis_name: AxisName
 
     def gradient(self, coefficients: tuple[jax.Array, ...]) -> jax.Array:
         """Return the derivative of Σ coefficient · term by the logits."""
         by_loss, by_square = (c[:, None] for c in coefficients)
         lse = self.statistics[0][:, None]
-        probabilities = jnp.exp(self.log_probabilities)
-        rest = by_loss * (self.smoothing / self.vocabulary)
-        at_label = by_loss * (1 - self.smoothing)
-        return (
-            probabilities * (by_loss + 2 * lse * by_square)
-            - rest
-            - jnp.where(self.is_label, at_label, 0)
-        )
+        of_lse = jnp.exp(self.log_probabilities) * (by_loss + 2 * lse * by_square)
+        if self.elsewhere:
+            of_lse -= by_loss * self.elsewhere
+        return jnp.where(self.is_label, of_lse - by_loss * self.at_label, of_lse)
+
+    def tangent(self, logits: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Return the tangents of terms and statistics, given that of the logits."""
+
+        def along(weights: jax.Array) -> jax.Array:
+            return psum(jnp.sum(weights * logits, axis=-1), self.vocab_axis_name)  # type: ignore[no-any-return]
+
+        lse, correct = self.statistics
+        by_lse = along(jnp.exp(self.log_probabilities))
+        target = self.at_label * self.is_label.astype(logits.dtype) + self.elsewhere
+        by_loss = by_lse - along(target)
+        return (by_loss, 2 * lse * by_lse), (by_lse, jnp.zeros_like(correct))
