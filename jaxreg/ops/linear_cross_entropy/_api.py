@@ -136,6 +136,8 @@ def linear_cross_entropy(
         raise NotImplementedError(check.WHOLE)
 
     vocabulary = block if vocab_axis_name is None else block * lax.axis_size(vocab_axis_name)
+    for name, value in (("dtype", dtype), ("gradient_dtype", gradient_dtype)):
+        check.floating(name, value)
     factors = jnp.dtype(jnp.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype)
     wide = jnp.promote_types(factors, jnp.float32)
     w = check.token_weights(weights, labels, ignore_index, vocabulary, wide)

@@ -58,6 +58,14 @@ def real(argument: str, value: ArrayLike) -> jax.Array:
     return array
 
 
+def floating(argument: str, dtype: DTypeLike | None) -> None:
+    """Raise unless the dtype is a floating-point one, or None."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`jaxreg.{NAME}({argument}=...)` must be floating-point; got {jnp.dtype(dtype)}."
+        )
+
+
 def labels(labels: ArrayLike, hidden: jax.Array) -> jax.Array:
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -70,7 +78,8 @@ def labels(labels: ArrayLike, hidden: jax.Array) -> jax.Array:
             f"`jaxreg.{NAME}(labels=...)` must have the shape of hidden, (..., D), without its last"
             f" axis; got labels {labels.shape} and hidden {hidden.shape}."
         )
-    return labels
+    narrow = labels.dtype.itemsize < 4 or jnp.issubdtype(labels.dtype, jnp.unsignedinteger)
+    return labels.astype(jnp.int32) if narrow else labels  # bytes could not be compared with 256
 
 
 def words(hidden: jax.Array, weight: jax.Array, layout: str | None) -> int:

@@ -73,9 +73,9 @@ class Settings:
     gradient_dtype: DTypeLike  # in which the weight's gradient adds up
     wide: DTypeLike  # of the logits
 
-    def chunk_of(self, weight: jax.Array) -> int:
+    def chunk_of(self, weight: tuple[int, ...]) -> int:
         """Return how many tokens a chunk has, for the words that this device has."""
-        words = weight.shape[self.words]
+        words = weight[self.words]
         return self.chunk or max(2 ** math.floor(math.log2(LOGITS / words)), 128)
 
     def product(self, hidden: jax.Array, weight: jax.Array, out: DTypeLike) -> jax.Array:
@@ -208,7 +208,9 @@ def _sweep(
     inputs = hidden, data, coefficients
     sums = _vary_with(sums, (inputs, weight, bias))
     # Where the sweep is differentiated itself, for second derivatives, a chunk is computed again.
-    (by_weight, by_bias), (values, by_hidden) = _scan(body, sums, inputs, settings.chunk_of(weight))
+    (by_weight, by_bias), (values, by_hidden) = _scan(
+        body, sums, inputs, settings.chunk_of(weight.shape)
+    )
     return *values, (by_hidden, by_weight, by_bias)
 
 
@@ -261,7 +263,7 @@ def _recompute(
         logits_dot = jnp.broadcast_to(logits_dot * settings.slope_of_cap(capped), capped.shape)
         return None, settings.function(capped, d).tangent(logits_dot)
 
-    return _scan(body, None, (hidden, hidden_dot, data), settings.chunk_of(weight))[1]
+    return _scan(body, None, (hidden, hidden_dot, data), settings.chunk_of(weight.shape))[1]
 
 
 def _scan(body: Any, carry: Any, inputs: Any, chunk: int) -> Any:

@@ -23,20 +23,20 @@ class CrossEntropy:
     def __call__(self, logits: jax.Array, data: jax.Array) -> "Outcome":
         labels, name = data[:, None], self.vocab_axis_name
         block = vocabulary = logits.shape[-1]
-        first = 0
+        # Zeros and indices that do not come from the chunk would be an array of its size, which
+        # the differentiation of a scan computes before it, and keeps.
+        zero = 0 * labels
+        words = jnp.arange(block) + zero[0]
         largest = lax.stop_gradient(jnp.max(logits, axis=-1))
         if name is not None:
-            first = block * lax.axis_index(name)
+            words += block * lax.axis_index(name)
             vocabulary *= lax.axis_size(name)
             largest = lax.pmax(largest, name)  # type: ignore[no-untyped-call]
         # All logits -inf: log 0 is -inf, and -inf less itself would be NaN.
         largest = jnp.where(largest == -jnp.inf, 0, largest)
         shifted = logits - largest[:, None]
 
-        # Zeros and indices that do not come from the chunk would be an array of its size, which
-        # the differentiation of a scan computes before it, and keeps.
-        zero = 0 * labels
-        is_label = jnp.arange(block) + (first + zero[0]) == labels
+        is_label = words == labels
 
         def total(x: jax.Array) -> jax.Array:
             return psum(jnp.sum(x, axis=-1), name)  # type: ignore[no-any-return]
@@ -47,8 +47,7 @@ class CrossEntropy:
         if self.label_smoothing:
             target = (1 - self.label_smoothing) * of_label
             target += self.label_smoothing / vocabulary * total(shifted)
-        before = jnp.arange(block) + (first + zero[0]) < labels
-        earlier = total(((shifted == 0) & before).astype(shifted.dtype))
+        earlier = total(((shifted == 0) & (words < labels)).astype(shifted.dtype))
         correct = (of_label == 0) & (earlier == 0)
         lse = largest + log_sum
         return Outcome(

@@ -289,6 +289,13 @@ def test_axes_of_a_batch_and_of_microbatches():
     np.testing.assert_allclose(mean, whole.total, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_labels_of_few_bits(dtype):
+    p = problem(words=256)
+    few = op(p.hidden, p.weight, p.labels.astype(dtype))
+    np.testing.assert_array_equal(few.total, op(p.hidden, p.weight, p.labels).total)
+
+
 def test_equal_logits_count_the_first_as_largest():
     """As argmax does: a new layer of zeros is not right about everything."""
     result = op(jnp.ones((4, 2)), jnp.zeros((2, 4)), np.arange(4))
