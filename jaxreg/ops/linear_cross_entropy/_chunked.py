@@ -137,18 +137,17 @@ def _of_logits_jvp(settings: Settings, primals: Any, tangents: Any) -> Any:
     wanted = tuple(not isinstance(t, SymbolicZero | None) for t in by_inputs)
     if coefficients is None or not any(wanted):
         terms, statistics, _ = _sweep(settings, hidden, weight, bias, data)
-        gradients, scale = None, jnp.ones(())
+        gradients, scale = None, None
     else:
-        # Half precision keeps the gradient by the logits only if it is not divided by the tokens.
-        largest = functools.reduce(
-            jnp.maximum, (jnp.max(jnp.abs(c), initial=0) for c in coefficients)
-        )
-        scale = lax.stop_gradient(jnp.where(largest == 0, 1, largest))
-        relative = tuple(c / scale for c in coefficients)
+        scale = _scale(settings, coefficients)
+        relative = tuple(c if scale is None else c / scale for c in coefficients)
         terms, statistics, gradients = _sweep(
             settings, hidden, weight, bias, data, relative, wanted
         )
-    terms_dot, statistics_dot = _recompute(settings, hidden, weight, bias, data, by_inputs)
+    if any(wanted):
+        dots = _recompute(settings, hidden, weight, bias, data, by_inputs)
+    else:
+        dots = jax.tree.map(jnp.zeros_like, (terms, statistics))
 
     total = _weighted(coefficients, terms)
     total_dot: Any = None
@@ -162,8 +161,22 @@ def _of_logits_jvp(settings: Settings, primals: Any, tangents: Any) -> Any:
             for gradient, tangent in zip(gradients, by_inputs, strict=True):
                 if gradient is not None:
                     along += jnp.sum(gradient.astype(along.dtype) * tangent.astype(along.dtype))
-            total_dot += psum(scale * along, settings.function.vocab_axis_name)
-    return (total, terms, statistics), (total_dot, terms_dot, statistics_dot)
+            if scale is not None:
+                along *= scale
+            total_dot += psum(along, settings.function.vocab_axis_name)
+    return (total, terms, statistics), (total_dot, *dots)
+
+
+def _scale(settings: Settings, coefficients: tuple[jax.Array, ...]) -> jax.Array | None:
+    """Return what the coefficients are divided by for the products, or None for 1.
+
+    float16 keeps the gradient by the logits only if it is not divided by the number of tokens. The
+    other dtypes reach as low as float32; and what is not multiplied afterwards is not copied.
+    """
+    if settings.dtype != jnp.float16:
+        return None
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(c), initial=0) for c in coefficients))
+    return lax.stop_gradient(jnp.where(largest == 0, 1, largest))
 
 
 def _sweep(
