@@ -256,3 +256,25 @@ def test_only_the_prox_of_l1_ends_at_exact_zeros(one_weight, penalty):
 
 def test_the_figure_of_one_weight_is_a_png(one_weight):
     assert_is_a_figure(one_weight[1] / "one_weight.png", 2, 5)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    printed = run("language_model.py", tmp_path_factory.mktemp("language_model"))
+    rows = cells(printed, "Mean lse of unseen text")
+    return {name: numbers(row) for name, row in rows.items() if name}
+
+
+def test_lse_drifts_unless_a_z_loss_holds_it(language_model):
+    plain, held = language_model["cross-entropy"], language_model["z-loss, 0.01"]
+    assert plain[:4] == sorted(plain[:4])
+    assert plain[3] > plain[0] + 0.2
+    assert held[:4] == sorted(held[:4], reverse=True)
+    assert held[3] < plain[3] - 2
+    # And it costs nothing that this quick run could see.
+    assert abs(held[5] - plain[5]) < 0.1
+    assert abs(held[6] - plain[6]) < 0.03
+
+
+def test_a_penalty_of_squared_logits_does_not_hold_lse(language_model):
+    assert language_model["L2 of the logits, 0.0001"][3] > language_model["z-loss, 0.01"][3] + 2

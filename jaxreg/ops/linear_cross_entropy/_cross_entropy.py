@@ -1,0 +1,96 @@
+"""Cross-entropy and squared normalizer of a chunk of logits, whole or split over devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._sharding import AxisName, psum
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy and the squared log-normalizer of each token.
+
+    Under `vocab_axis_name` each device has a block of the words; maxima and sums of the blocks
+    are all that is exchanged.
+    """
+
+    label_smoothing: float
+    vocab_axis_name: AxisName
+
+    def __call__(self, logits: jax.Array, data: jax.Array) -> "Outcome":
+        labels, name = data[:, None], self.vocab_axis_name
+        block = vocabulary = logits.shape[-1]
+        # Zeros and indices that do not come from the chunk would be an array of its size, which
+        # the differentiation of a scan computes before it, and keeps.
+        zero = 0 * labels
+        words = jnp.arange(block) + zero[0]
+        largest = lax.stop_gradient(jnp.max(logits, axis=-1))
+        if name is not None:
+            words += block * lax.axis_index(name)
+            vocabulary *= lax.axis_size(name)
+            largest = lax.pmax(largest, name)  # type: ignore[no-untyped-call]
+        # All logits -inf: log 0 is -inf, and -inf less itself would be NaN.
+        largest = jnp.where(largest == -jnp.inf, 0, largest)
+        shifted = logits - largest[:, None]
+
+        is_label = words == labels
+
+        def total(x: jax.Array) -> jax.Array:
+            return psum(jnp.sum(x, axis=-1), name)  # type: ignore[no-any-return]
+
+        log_sum = jnp.log(total(jnp.exp(shifted)))
+        of_label = total(jnp.where(is_label, shifted, zero.astype(shifted.dtype)))
+        target = of_label
+        if self.label_smoothing:
+            target = (1 - self.label_smoothing) * of_label
+            target += self.label_smoothing / vocabulary * total(shifted)
+        earlier = total(((shifted == 0) & (words < labels)).astype(shifted.dtype))
+        correct = (of_label == 0) & (earlier == 0)
+        lse = largest + log_sum
+        return Outcome(
+            terms=(log_sum - target, jnp.square(lse)),
+            statistics=(lse, correct.astype(logits.dtype)),
+            # exp(logits - lse) would have the rounding error of lse.
+            log_probabilities=shifted - log_sum[:, None],
+            is_label=is_label,
+            at_label=1 - self.label_smoothing,
+            elsewhere=self.label_smoothing / vocabulary,
+            vocab_axis_name=name,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Terms: cross-entropy, lse². Statistics: lse, and 1 where the label has the largest logit."""
+
+    terms: tuple[jax.Array, jax.Array]
+    statistics: tuple[jax.Array, jax.Array]
+    log_probabilities: jax.Array
+    is_label: jax.Array
+    at_label: float
+    elsewhere: float
+    vocab_axis_name: AxisName
+
+    def gradient(self, coefficients: tuple[jax.Array, ...]) -> jax.Array:
+        """Return the derivative of Σ coefficient · term by the logits."""
+        by_loss, by_square = (c[:, None] for c in coefficients)
+        lse = self.statistics[0][:, None]
+        of_lse = jnp.exp(self.log_probabilities) * (by_loss + 2 * lse * by_square)
+        if self.elsewhere:
+            of_lse -= by_loss * self.elsewhere
+        return jnp.where(self.is_label, of_lse - by_loss * self.at_label, of_lse)
+
+    def tangent(self, logits: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Return the tangents of terms and statistics, given that of the logits."""
+
+        def along(weights: jax.Array) -> jax.Array:
+            return psum(jnp.sum(weights * logits, axis=-1), self.vocab_axis_name)  # type: ignore[no-any-return]
+
+        lse, correct = self.statistics
+        by_lse = along(jnp.exp(self.log_probabilities))
+        target = self.at_label * self.is_label.astype(logits.dtype) + self.elsewhere
+        by_loss = by_lse - along(target)
+        return (by_loss, 2 * lse * by_lse), (by_lse, jnp.zeros_like(correct))

@@ -1,0 +1,35 @@
+"""The formula as it is written, logits and all: the specification that the chunks are tested on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def of_logits(
+    settings: Any,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    labels: jax.Array,
+    coefficients: tuple[jax.Array, jax.Array] | None,
+) -> Any:
+    """Return what the function of the same name in `_chunked` returns, for cross-entropy."""
+    logits = settings.product(
+        hidden.astype(settings.dtype), weight.astype(settings.dtype), settings.wide
+    )
+    if bias is not None:
+        logits += bias.astype(settings.wide)
+    logits = settings.cap(logits)
+    smoothing = settings.function.label_smoothing
+    log_probabilities = jax.nn.log_softmax(logits)
+    loss = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_probabilities, axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(settings.wide)
+    terms = loss, jnp.square(lse)
+    total = None
+    if coefficients is not None:
+        total = jnp.sum(coefficients[0] * terms[0] + coefficients[1] * terms[1])
+    return total, terms, (lse, correct)

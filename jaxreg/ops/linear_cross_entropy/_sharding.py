@@ -1,0 +1,55 @@
+"""Sums over devices, and arrays whose types say how they are sharded over them."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding
+
+AxisName = str | tuple[str, ...] | None
+
+PartitionSpec: Any = jax.sharding.PartitionSpec
+
+
+def psum(x: Any, axis_name: AxisName) -> Any:
+    """Return the sum over the devices along these mesh axes."""
+    return x if axis_name is None else lax.psum(x, axis_name)  # type: ignore[no-untyped-call]
+
+
+class Explicit(NamedTuple):
+    """How tokens and words lie on a mesh of explicit axes; no axis for both."""
+
+    mesh: Any
+    tokens: Any  # the specification of the labels
+    words: tuple[str, ...]
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return tuple(name for entry in self.tokens for name in _names(entry))
+
+    def weight(self, words: int) -> Any:
+        spec = [None, self.words or None]
+        return PartitionSpec(*(spec if words == 1 else reversed(spec)))
+
+    def put(self, x: jax.Array, spec: Any) -> jax.Array:
+        """Return the array with this sharding; nothing moves if it has it."""
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.reshard(x, sharding)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def explicit(hidden: jax.Array, weight: jax.Array, words: int) -> Explicit | None:
+    """Return how the types say that the arrays are sharded; None if they say nothing."""
+    by_hidden, by_weight = (jax.typeof(x).sharding for x in (hidden, weight))
+    if not any(map(_names, (*by_hidden.spec, *by_weight.spec))):
+        return None
+    tokens = PartitionSpec(*by_hidden.spec[:-1])
+    taken = {name for entry in tokens for name in _names(entry)}
+    free = tuple(name for name in _names(by_weight.spec[words]) if name not in taken)
+    mesh = by_hidden.mesh if taken else by_weight.mesh
+    return Explicit(mesh, tokens, free)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
