@@ -4,6 +4,7 @@ from jaxreg import functional as functional
 from jaxreg import gates as gates
 from jaxreg import linen as linen
 from jaxreg import nnx as nnx
+from jaxreg import ops as ops
 from jaxreg import penalties as penalties
 from jaxreg.activity import Activity as Activity
 from jaxreg.activity import activity as activity

@@ -52,10 +52,12 @@ def measure(
     reduction: Reduction,
     mask: ArrayLike | None = None,
     name: str = "x",
+    moments: Any = None,
 ) -> Measurement:
     """Take a penalty's moments and count of one array; `name` names it in errors.
 
-    See `jaxreg.penalize` for the reductions and the mask.
+    See `jaxreg.penalize` for the reductions and the mask. `moments` are those of the array, where
+    they have been taken already.
     """
     check_reduction(reduction)
     x = penalty.prepare(x, name)
@@ -79,7 +81,7 @@ def measure(
     return Measurement(
         # What only the moments read stays where they were taken.
         penalty=jax.tree.map(jnp.asarray, penalty.with_arrays(lambda _: None)),
-        moments=penalty.moments(x, where),
+        moments=penalty.moments(x, where) if moments is None else moments,
         count=None if count is None else jnp.asarray(count, float),
     )
 
