@@ -26,11 +26,13 @@ class Measurement:
         penalty: the penalty, without its arrays.
         moments: what `penalty.moments` returned.
         count: what the reduction divides by, a scalar, or None where it does not divide.
+        once: whether it is of a parameter, and so the same for every microbatch.
     """
 
     penalty: Penalty
     moments: Any
     count: jax.Array | None
+    once: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def value(self) -> jax.Array:
@@ -84,6 +86,24 @@ def measure(
         moments=penalty.moments(x, where) if moments is None else moments,
         count=None if count is None else jnp.asarray(count, float),
     )
+
+
+def measure_parameter(x: jax.Array, penalty: Penalty, ndim: int, name: str) -> Measurement:
+    """Measure a parameter of so many axes; leading ones beyond them are of stacked layers.
+
+    A penalty whose strengths a scan has stacked, too, has one for each layer; those beyond, of a
+    scan that passes one parameter through all its steps, are all the same.
+    """
+
+    def take(x: jax.Array, penalty: Penalty) -> Measurement:
+        return dataclasses.replace(measure(x, penalty, "sum", name=name), once=True)
+
+    layers, stacked = x.ndim - ndim, jnp.ndim(jax.tree.leaves(penalty)[0])
+    for _ in range(stacked - layers):
+        penalty = jax.tree.map(lambda leaf: leaf[0], penalty)
+    for _ in range(layers):
+        take = jax.vmap(take, in_axes=(0, 0 if stacked else None))
+    return take(x, penalty)
 
 
 def check_reduction(reduction: str) -> None:
@@ -181,6 +201,9 @@ def combine(terms: Iterable[Terms] | Terms) -> Terms:
             )
 
     def combined(m: Measurement) -> Measurement:
+        if m.once:
+            one: Measurement = jax.tree.map(lambda leaf: leaf[0], m)
+            return one
         first = jax.tree.map(lambda leaf: leaf[0], m.penalty)
         moments, count = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), (m.moments, m.count))
         return Measurement(first, moments, count)

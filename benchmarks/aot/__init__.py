@@ -11,5 +11,7 @@ Run:
 """
 
 from ._devices import DEVICES as DEVICES
+from ._registers import Registers as Registers
+from ._registers import registers as registers
 from ._report import compiled_for as compiled_for
 from ._report import report as report

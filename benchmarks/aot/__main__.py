@@ -1,13 +1,14 @@
 """Print what penalties cost on accelerators that are not there."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import DEVICES, report
-from .cases import CASES, LARGE, SMALL, chains, update
+from . import DEVICES, registers, report
+from .cases import CASES, FUSED, LARGE, SMALL, chains, fused, update
 
 import jax  # isort: skip
 
@@ -34,8 +35,10 @@ def main() -> None:
             continue
         print(f"\n{device}: with a penalty (÷ without); touching: kernels that see the activation")
         print(f"{'':42}" + "".join(f"{key:>24}" for key in KEYS))
-        for row in [*_models(device), *_optimizers(device)]:
-            rows.append(row)
+        rows.extend(_models(device))
+        rows.extend(_optimizers(device))
+        if device in ("H100", "H200"):
+            rows.extend(_kernels(device))
     if options.json:
         options.json.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1))
 
@@ -58,6 +61,26 @@ def _optimizers(device: str) -> Iterator[dict[str, Any]]:
             baseline = baseline or cost
             _show(name, cost, baseline)
             yield {"device": device, "leaves": leaves, "chain": name, **cost}
+
+
+def _kernels(device: str) -> Iterator[dict[str, Any]]:
+    print("ops.dense, forward: the Hopper kernel (÷ XLA)")
+    for name in FUSED:
+        used = registers(*fused(name), device)
+        xla, ours = (
+            report(*fused(name, i), device, donate=(), touching=(8192, 16384))
+            for i in ("xla", "mosaic_gpu")
+        )
+        _show(name, ours, xla)
+        for kernel in used:
+            print(f"  {kernel.used} registers, {kernel.spilled} bytes spilled")
+        yield {
+            "device": device,
+            "fused": name,
+            "xla": xla,
+            "mosaic_gpu": ours,
+            "registers": [dataclasses.asdict(kernel) for kernel in used],
+        }
 
 
 def _show(name: str, cost: dict[str, float], baseline: dict[str, float]) -> None:

@@ -21,8 +21,9 @@ def compiled_for(
         donate: the positions of the arguments whose memory it may reuse.
     """
     sharding = sharding_on(device)
+    array: Any = jax.ShapeDtypeStruct
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        lambda x: array(x.shape, x.dtype, sharding=sharding), arguments
     )
     return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
 

@@ -12,6 +12,7 @@ import optax
 import jaxreg as jr
 
 BF16: Any = jnp.bfloat16
+ARRAY: Any = jax.ShapeDtypeStruct
 L1, L2, KL, GROUP = (
     jr.L1(1e-3),
     jr.L2(1e-4),
@@ -41,7 +42,7 @@ class Case:
     def step(self, penalized: bool) -> tuple[Callable[..., Any], tuple[Any, Any]]:
         """Return the function and the shapes of its arguments, with the penalty or without."""
         activity = jr.activity({"**/code": self.penalty if penalized else None})
-        x = jax.ShapeDtypeStruct(self.input, BF16)
+        x = ARRAY(self.input, BF16)
         variables = jax.eval_shape(self.model.init, jax.random.key(0), x)
 
         def forward(variables: Any, x: Any) -> Any:
@@ -102,7 +103,8 @@ class Attention(nn.Module):
         """Return the output for an input (..., features)."""
         h = nn.LayerNorm(dtype=BF16, param_dtype=BF16)(x)
         h = nn.MultiHeadDotProductAttention(8, dtype=BF16, param_dtype=BF16)(h)
-        return x + jr.sow(self, "code", h, L2)
+        y: jax.Array = x + jr.sow(self, "code", h, L2)
+        return y
 
 
 class FeedForward(nn.Module):
@@ -150,11 +152,11 @@ def chains() -> dict[str, tuple[Any, Any]]:
     }
 
 
-LARGE = {"layers": [{"kernel": jax.ShapeDtypeStruct((4096, 6144), jnp.float32)}] * 4}
-SMALL = [{"kernel": jax.ShapeDtypeStruct((256, 256), jnp.float32)}] * 200
+LARGE = {"layers": [{"kernel": ARRAY((4096, 6144), jnp.float32)}] * 4}
+SMALL = [{"kernel": ARRAY((256, 256), jnp.float32)}] * 200
 
 
-def leaf_by_leaf(params: Any) -> jax.Array:
+def leaf_by_leaf(params: Any) -> Any:
     """Return what people write by hand."""
     return 1e-4 * sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
 
@@ -172,3 +174,32 @@ def update(chain: tuple[Any, Any], params: Any) -> tuple[Callable[..., Any], tup
         return optax.apply_updates(params, updates), state, value
 
     return step, (params, jax.eval_shape(tx.init, params), params)
+
+
+FUSED: dict[str, tuple[Callable[[jax.Array], jax.Array], jr.Penalty]] = {
+    "relu, L1": (jax.nn.relu, L1),
+    "sigmoid, KL": (jax.nn.sigmoid, KL),
+    "tanh, L1L2 + KL": (jnp.tanh, jr.L1L2(1e-3, 1e-4) + KL),
+    "gelu, L1": (jax.nn.gelu, L1),
+    "silu, Huber": (jax.nn.silu, jr.Huber(1e-3, delta=0.5)),
+}
+"""Activations and penalties that `jaxreg.ops.dense` has a kernel for."""
+
+
+def fused(
+    name: str, implementation: str = "mosaic_gpu", gradient: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a dense layer with its penalty, or its gradient, and the shapes of its arguments."""
+    activation, penalty = FUSED[name]
+
+    def forward(x: Any, w: Any, b: Any) -> Any:
+        return jr.ops.dense(
+            x, w, b, activation=activation, penalty=penalty, implementation=implementation
+        )
+
+    def loss(w: Any, x: Any, b: Any) -> Any:
+        a, value = forward(x, w, b)
+        return jnp.mean(jnp.square(a.astype(jnp.float32))) + value
+
+    x, w, b = (ARRAY(s, BF16) for s in ((8192, 512), (512, 16384), (16384,)))
+    return (jax.value_and_grad(loss), (w, x, b)) if gradient else (forward, (x, w, b))

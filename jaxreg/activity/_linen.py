@@ -9,7 +9,9 @@ import flax.linen as nn
 from flax.core import FrozenDict, freeze
 from flax.core.scope import in_filter, union_filters
 
-from ._pass import Measured, Pass, join, merge, trace, under_way
+from jaxreg.terms import measure_parameter
+
+from ._pass import Measured, Parameter, Pass, join, merge, trace, under_way
 
 _COLLECTION = "intermediates"
 _NAME = "jaxreg_terms"
@@ -36,7 +38,7 @@ def run_apply(
     rest, measured = _take(state.get(_COLLECTION, {}))
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
-    measured = run.finish(measured)
+    measured = _with_parameters(run.finish(measured), variables)
     if wanted is False:
         return out, measured
     kept = {name: state[name] for name in state if name != _COLLECTION}
@@ -59,6 +61,12 @@ def run_function(
                 " around it. Give it the module's own `apply`, inside the transformation:"
                 " `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
             )
+        for path, calls in more.items():
+            if isinstance(calls[0], Parameter):
+                raise ValueError(
+                    f'`jaxreg.activity` has no parameters to measure "{path}" by. Give it the'
+                    " module's own `apply`: `jaxreg.activity(rules)(model.apply)(variables, x)`."
+                )
         measured.update(merge(measured, more))
 
     run = new_pass(carry=keep)
@@ -156,6 +164,26 @@ def _take(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
                 continue
         rest[name] = child
     return rest, measured
+
+
+def _with_parameters(measured: Measured, variables: Mapping[str, Any]) -> Measured:
+    """Measure the parameters that have penalties of their own, each once."""
+    done = dict(measured)
+    for path, calls in measured.items():
+        if isinstance(calls[0], Parameter):
+            leaf: Any = variables.get("params", {})
+            for name in path.split("/"):
+                if not isinstance(leaf, Mapping) or name not in leaf:
+                    raise ValueError(
+                        f'`jaxreg.activity` finds no parameter "{path}" to penalize. A'
+                        " transformation that renames parameters is around it; use"
+                        " `jaxreg.kernel` for this one."
+                    )
+                leaf = leaf[name]
+            done[path] = (
+                measure_parameter(nn.meta.unbox(leaf), calls[0].penalty, calls[0].ndim, path),
+            )
+    return done
 
 
 def _modules(variables: Mapping[str, Any]) -> dict[str, None]:

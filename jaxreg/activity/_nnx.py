@@ -7,6 +7,8 @@ from typing import Any
 
 from flax import nnx
 
+from jaxreg.terms import measure_parameter
+
 from ._pass import Measured, Pass, current, join, merge, trace, under_way
 
 Path = tuple[Any, ...]
@@ -67,7 +69,13 @@ def run_module(
             new = value is not before[id(node)].get(name)
             if new and not name.startswith(("_jaxreg", "_pytree")):
                 setattr(originals[id(node)], name, originals.get(id(value), value))
-    return out, run.finish(measured)
+    measured = run.finish(measured)
+    for path, node in copies:
+        for name, (penalty, ndim) in getattr(node, "_jaxreg_penalties", dict)().items():
+            where = join(*path, name)
+            value = getattr(node, name).get_value()
+            measured[where] = (measure_parameter(value, penalty, ndim, where),)
+    return out, measured
 
 
 def path_of(module: Any) -> Path:

@@ -13,9 +13,27 @@ from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
 from jaxreg.rules import TOP, Rules
-from jaxreg.terms import Measurement, Reduction, measure
+from jaxreg.terms import Reduction, measure
 
-Measured = dict[str, tuple[Measurement, ...]]
+Measured = dict[str, tuple[Any, ...]]
+"""For each path its measurements, and of parameters the `Parameter`s that are to be measured."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter's own penalty, on its way out of the forward pass.
+
+    Not its measurement: a scan that passes the parameter through all its steps would carry one for
+    each step.
+
+    Args:
+        penalty: the penalty.
+        ndim: how many axes the parameter has in its module.
+    """
+
+    penalty: Penalty
+    ndim: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass
@@ -70,11 +88,15 @@ class Pass:
         self.carry(module, {path: tuple(calls)})
 
     def finish(self, measured: Measured) -> Measured:
-        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it."""
+        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it.
+
+        Rules are of activations: none wins a parameter.
+        """
         if self.seen or not self.initializing:
+            values = [p for p, calls in measured.items() if not isinstance(calls[0], Parameter)]
             exempt = [path for path in self.seen if self.penalty(path) is None]
             self.rules.require_wins(
-                winners={self.rules.find(path) for path in [*measured, *exempt]},
+                winners={self.rules.find(path) for path in [*values, *exempt]},
                 paths=self.seen,
                 what="modules and sown values of the forward pass",
                 otherwise="which no `__call__` and no `sow` gave a value in this pass",

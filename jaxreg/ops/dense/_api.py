@@ -88,6 +88,7 @@ def measured(
     penalty: Penalty,
     reduction: Reduction,
     implementation: str | None,
+    mask: ArrayLike | None = None,
 ) -> tuple[jax.Array, Measurement]:
     """Return the activation and its penalty before it is finished; see `dense`."""
     x, w, b = jnp.asarray(x), jnp.asarray(w), None if b is None else jnp.asarray(b)
@@ -96,10 +97,12 @@ def measured(
     chosen = _dispatch.choose("dense", implementation, {"mosaic_gpu": _mosaic_gpu})
     if chosen == "xla":
         a = reference(x, w, b, activation)
-        return a, measure(a, penalty, reduction, name="a")
+        return a, measure(a, penalty, reduction, mask, name="a")
     f = activation or _identity
     keep = f not in _FROM_OUTPUT
-    _dispatch.require("dense", chosen, _mosaic_gpu.supports(x, w, f, penalty, keep))
+    reason = "it takes no mask" if mask is not None else None
+    reason = reason or _mosaic_gpu.supports(x, w, f, penalty, keep)
+    _dispatch.require("dense", chosen, reason)
     bias = jnp.zeros(w.shape[1], x.dtype) if b is None else b
     a, _, moments = _kernel(f, False, x, w, bias, penalty)
     return a, measure(a, penalty, reduction, name="a", moments=moments)
