@@ -22,9 +22,7 @@ def compiled_for(
     """
     sharding = sharding_on(device)
     array: Any = jax.ShapeDtypeStruct
-    shapes = jax.tree.map(
-        lambda x: array(x.shape, x.dtype, sharding=sharding), arguments
-    )
+    shapes = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=sharding), arguments)
     return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
 
 
