@@ -74,6 +74,37 @@ def test_a_batch_or_features_split_over_devices_are_not_gathered():
         assert "all-gather" not in str(step.lower(*placed).compile().as_text())
 
 
+@pytest.mark.parametrize("reduction", ["batch_mean", "sum"])
+def test_shards_of_a_batch_have_the_penalty_of_the_whole(reduction):
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    x = jnp.asarray(RNG.normal(size=(16, 5)), jnp.float32)
+    w, b = single(W / 5, B)
+
+    def layer(w, b, x, axis_name=None):
+        return jr.ops.dense(
+            x,
+            w,
+            b,
+            activation=jax.nn.sigmoid,
+            penalty=jr.KLSparsity(0.1, target=0.2) + jr.L1(0.1),
+            reduction=reduction,
+            axis_name=axis_name,
+        )
+
+    shards = jax.shard_map(
+        lambda w, b, x: layer(w, b, x, "d"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("d")),
+        out_specs=(PartitionSpec("d"), PartitionSpec()),
+    )
+
+    def step(f):
+        return jax.jit(jax.value_and_grad(lambda *operands: f(*operands)[1], argnums=(0, 1)))
+
+    chex.assert_trees_all_close(step(shards)(w, b, x), step(layer)(w, b, x), rtol=1e-4, atol=1e-7)
+    assert "all-gather" not in str(step(shards).lower(w, b, x).compile().as_text())
+
+
 def test_bad_operands_are_named():
     x, w, b = single(X, W, B)
     with pytest.raises(ValueError, match=r"takes x of shape \(\.\.\., d\).*got \(6, 5\), \(8, 5\)"):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
 
@@ -125,3 +127,29 @@ def test_the_kernel_and_no_other_product_is_in_the_program():
         )()
     assert "jaxreg_dense" in str(traced)
     assert "dot_general" not in str(traced)
+
+
+def test_inside_shard_map():
+    # The interpreter takes one device; more are traced.
+    x, w, _ = operands()
+    penalty = jr.Huber(0.1, delta=0.2)
+
+    def step(devices, implementation):
+        def local(w, x):
+            return jr.ops.dense(
+                x,
+                w,
+                activation=jax.nn.gelu,
+                penalty=penalty,
+                axis_name="d",
+                implementation=implementation,
+            )[1]
+
+        mesh, specs = Mesh(np.array(jax.devices()[:devices]), ("d",)), (P(), P("d"))
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+        return jax.jit(jax.value_and_grad(sharded))
+
+    step(2, "mosaic_gpu").trace(w, jnp.concatenate([x, x]))
+    with interpreted(dispatched=False):
+        got = step(1, "mosaic_gpu")(w, x)
+    assert_close(got, step(1, "xla")(w, x), 0.02)

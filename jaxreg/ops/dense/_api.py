@@ -1,7 +1,8 @@
 """The public function, and its derivative."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def dense(
     activation: Activation | None = None,
     penalty: Penalty,
     reduction: Reduction = "batch_mean",
+    axis_name: Hashable | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Return a dense layer's activation and its penalty.
@@ -39,6 +41,8 @@ def dense(
         activation: f, a function of an array, such as `jax.nn.relu`; None is the identity.
         penalty: R.
         reduction: what a separable penalty is divided by; see `jaxreg.activity`.
+        axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, that the batch is
+            split over: the penalty is then that of the whole batch. Under `jit` there is no need.
         implementation: None and `"xla"` leave it to XLA, which on TPU measures the activation as it
             is produced, and on GPU reads it again. `"mosaic_gpu"` is a kernel for NVIDIA Hopper
             that does not: bfloat16 or float16, sizes that are multiples of its tiles, a function f
@@ -76,6 +80,10 @@ def dense(
         reduction=reduction,
         implementation=implementation,
     )
+    if axis_name is not None:
+        sums = (measurement.moments, measurement.count)
+        moments, count = jax.lax.psum(sums, axis_name)  # type: ignore[no-untyped-call]
+        measurement = dataclasses.replace(measurement, moments=moments, count=count)
     return a, measurement.value
 
 
@@ -160,7 +168,7 @@ def _kernel(
         ),
     )
     flat = x.reshape(-1, x.shape[-1])
-    a, z, totals = run(flat, w, b.astype(jnp.float32), scalars)
+    a, z, totals = _mosaic_gpu.varying_as(run(flat, w, b.astype(jnp.float32), scalars), (x, w, b))
     return a.reshape(shape), None if z is None else z.reshape(shape), sums.moments(totals)
 
 

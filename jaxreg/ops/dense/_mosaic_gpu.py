@@ -146,6 +146,25 @@ def forward(
     return a, z, totals
 
 
+def varying_as(outs: Any, operands: Any) -> Any:
+    """Mark results as varying over the axes of a `shard_map` that the operands vary over.
+
+    Pallas does not; what is computed with them would be refused.
+    """
+
+    def axes(array: Any) -> frozenset[Any]:
+        found: Any = jax.typeof(array).manual_axis_type  # type: ignore[attr-defined, unused-ignore]
+        return frozenset(found.varying)
+
+    wanted = frozenset[Any]().union(*map(axes, operands))
+
+    def mark(out: Any) -> Any:
+        missing = tuple(wanted - axes(out))
+        return lax.pcast(out, missing, to="varying") if missing else out
+
+    return jax.tree.map(mark, outs)
+
+
 def _pallas() -> Any:
     """Return Pallas for GPUs, which takes long to import."""
     from jax.experimental.pallas import mosaic_gpu
