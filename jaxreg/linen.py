@@ -1,9 +1,16 @@
 """Flax Linen layers that carry their penalties."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
-from jaxreg.activity import sow
+from jaxreg._dense_layer import penalized
+from jaxreg.activity import Parameter, site, sow
+from jaxreg.ops.dense import Activation
 from jaxreg.penalties import Penalty
 
 
@@ -31,3 +38,125 @@ class ActivityRegularization(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""
         return sow(self, "output", x, self.penalty)
+
+
+class Dense(nn.Module):
+    """A dense layer with its activation and its penalties, by Keras's keywords.
+
+    Its parameters, `kernel` and `bias`, are those of `flax.linen.Dense`, and so are their
+    initializers. The penalties are terms of a surrounding `jaxreg.activity` (with no rules:
+    `activity({})`), under the layer's path: `output`, which the activity's reduction divides and
+    its rules may replace; and `kernel` and `bias`, which neither does, and which count once however
+    often the layer runs. Without a surrounding activity nothing is penalized.
+
+    Args:
+        features: the size of the output's last axis.
+        activation: a function of an array; None is the identity.
+        use_bias: whether there is a bias.
+        kernel_regularizer: the penalty of the kernel.
+        bias_regularizer: the penalty of the bias.
+        activity_regularizer: the penalty of the output, after the activation.
+        dtype: of the computation; None is that of the input and the parameters together.
+        param_dtype: of the parameters.
+        kernel_init: the kernel's initializer.
+        bias_init: the bias's initializer.
+        implementation: of the layer with its activity penalty; see `jaxreg.ops.dense`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> layer = jr.linen.Dense(4, jax.nn.relu, kernel_regularizer=jr.L2(1e-4),
+        ...                        activity_regularizer=jr.L1(1e-3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((3, 5)))
+        >>> y, terms = jr.activity({})(layer.apply)(variables, jnp.ones((3, 5)))
+        >>> sorted(terms)
+        ['kernel', 'output']
+    """
+
+    features: int
+    activation: Activation | None = None
+    use_bias: bool = True
+    kernel_regularizer: Penalty | None = None
+    bias_regularizer: Penalty | None = None
+    activity_regularizer: Penalty | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.linear.default_kernel_init
+    bias_init: Any = nn.initializers.zeros_init()
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output (..., features) for an input (..., d)."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        self._report("kernel", self.kernel_regularizer, 2)
+        self._report("bias", self.bias_regularizer if self.use_bias else None, 1)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        operands = (x, kernel, bias)
+        return penalized(
+            self, operands, self.activation, self.activity_regularizer, self.implementation
+        )
+
+    def _report(self, name: str, penalty: Penalty | None, ndim: int) -> None:
+        found = None if penalty is None else site(self, name)
+        if found is not None and penalty is not None:
+            run, path = found
+            parameter = Parameter(jax.tree.map(jnp.asarray, penalty), ndim)
+            run.keep(self, path, penalty, parameter)
+
+
+class MLP(nn.Module):
+    """Dense layers one after the other, an activation after each but the last.
+
+    Args:
+        features: the size of each layer's output.
+        activation: a function of an array.
+        use_bias: whether there are biases.
+        kernel_regularizer: the penalty of each kernel.
+        bias_regularizer: the penalty of each bias.
+        activity_regularizer: the penalty of each hidden layer's output, after the activation.
+        dtype: of the computation; see `Dense`.
+        param_dtype: of the parameters.
+        implementation: of the hidden layers; see `jaxreg.ops.dense`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> model = jr.linen.MLP((8, 2), activity_regularizer=jr.L1(1e-3))
+        >>> variables = model.init(jax.random.key(0), jnp.ones((3, 5)))
+        >>> y, terms = jr.activity({})(model.apply)(variables, jnp.ones((3, 5)))
+        >>> y.shape, list(terms)
+        ((3, 2), ['Dense_0/output'])
+    """
+
+    features: Sequence[int]
+    activation: Activation = nn.relu
+    use_bias: bool = True
+    kernel_regularizer: Penalty | None = None
+    bias_regularizer: Penalty | None = None
+    activity_regularizer: Penalty | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output (..., features[-1]) for an input (..., d)."""
+        last = len(self.features) - 1
+        for i, features in enumerate(self.features):
+            x = Dense(
+                features,
+                activation=self.activation if i < last else None,
+                use_bias=self.use_bias,
+                kernel_regularizer=self.kernel_regularizer,
+                bias_regularizer=self.bias_regularizer,
+                activity_regularizer=self.activity_regularizer if i < last else None,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                implementation=self.implementation if i < last else None,
+            )(x)
+        return x

@@ -1,10 +1,18 @@
 """Flax NNX layers that carry their penalties."""
 
-import jax
-from flax import nnx
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from jaxreg._dense_layer import penalized
 from jaxreg.activity import sow
 from jaxreg.activity._nnx import PenaltyTerm as PenaltyTerm
+from jaxreg.ops.dense import Activation
 from jaxreg.penalties import Penalty
 
 
@@ -28,10 +36,164 @@ class ActivityRegularization(nnx.Module):
     """
 
     def __init__(self, penalty: Penalty):
-        # An array must be data to NNX; numbers stay out of the module's state.
-        arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(penalty))
-        self.penalty = nnx.data(penalty) if arrays else penalty
+        self.penalty = _held(penalty)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""
         return sow(self, "output", x, self.penalty)
+
+
+class Dense(nnx.Module):
+    """A dense layer with its activation and its penalties, by Keras's keywords.
+
+    Its parameters, `kernel` and `bias`, are those of `flax.nnx.Linear`, and so are their
+    initializers. The penalties are terms of a surrounding `jaxreg.activity` (with no rules:
+    `activity({})`), under the layer's path: `output`, which the activity's reduction divides and
+    its rules may replace; and `kernel` and `bias`, which neither does, and which count once however
+    often the layer runs. Without a surrounding activity nothing is penalized.
+
+    Args:
+        in_features: the size of the input's last axis.
+        out_features: the size of the output's.
+        activation: a function of an array; None is the identity.
+        use_bias: whether there is a bias.
+        kernel_regularizer: the penalty of the kernel.
+        bias_regularizer: the penalty of the bias.
+        activity_regularizer: the penalty of the output, after the activation.
+        dtype: of the computation; None is that of the input and the parameters together.
+        param_dtype: of the parameters.
+        kernel_init: the kernel's initializer.
+        bias_init: the bias's initializer.
+        implementation: of the layer with its activity penalty; see `jaxreg.ops.dense`.
+        rngs: the random number generators.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jaxreg as jr
+        >>> layer = jr.nnx.Dense(5, 4, jax.nn.relu, kernel_regularizer=jr.L2(1e-4),
+        ...                      activity_regularizer=jr.L1(1e-3), rngs=nnx.Rngs(0))
+        >>> y, terms = jr.activity({})(layer)(jnp.ones((3, 5)))
+        >>> sorted(terms)
+        ['kernel', 'output']
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Activation | None = None,
+        *,
+        use_bias: bool = True,
+        kernel_regularizer: Penalty | None = None,
+        bias_regularizer: Penalty | None = None,
+        activity_regularizer: Penalty | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = nnx.nn.linear.default_kernel_init,
+        bias_init: Any = jax.nn.initializers.zeros,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), shape[1:], param_dtype))
+            if use_bias
+            else nnx.data(None)
+        )
+        self.dtype = dtype
+        self.activation = activation
+        self.kernel_regularizer = _held(kernel_regularizer)
+        self.bias_regularizer = _held(bias_regularizer)
+        self.activity_regularizer = _held(activity_regularizer)
+        self.implementation = implementation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output (..., out_features) for an input (..., in_features)."""
+        bias = None if self.bias is None else self.bias.get_value()
+        operands = promote_dtype((x, self.kernel.get_value(), bias), dtype=self.dtype)
+        return penalized(
+            self, operands, self.activation, self.activity_regularizer, self.implementation
+        )
+
+    def _jaxreg_penalties(self) -> dict[str, tuple[Penalty, int]]:
+        """Return the penalties of the parameters, each with how many axes the parameter has."""
+        own = {"kernel": (self.kernel_regularizer, 2)}
+        if self.bias is not None:
+            own["bias"] = (self.bias_regularizer, 1)
+        return {name: (p, ndim) for name, (p, ndim) in own.items() if p is not None}
+
+
+class MLP(nnx.Module):
+    """Dense layers one after the other, an activation after each but the last.
+
+    Args:
+        features: the size of the input and of each layer's output.
+        activation: a function of an array.
+        use_bias: whether there are biases.
+        kernel_regularizer: the penalty of each kernel.
+        bias_regularizer: the penalty of each bias.
+        activity_regularizer: the penalty of each hidden layer's output, after the activation.
+        dtype: of the computation; see `Dense`.
+        param_dtype: of the parameters.
+        implementation: of the hidden layers; see `jaxreg.ops.dense`.
+        rngs: the random number generators.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jaxreg as jr
+        >>> model = jr.nnx.MLP((5, 8, 2), activity_regularizer=jr.L1(1e-3), rngs=nnx.Rngs(0))
+        >>> y, terms = jr.activity({})(model)(jnp.ones((3, 5)))
+        >>> y.shape, list(terms)
+        ((3, 2), ['layers/0/output'])
+    """
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        *,
+        activation: Activation = jax.nn.relu,
+        use_bias: bool = True,
+        kernel_regularizer: Penalty | None = None,
+        bias_regularizer: Penalty | None = None,
+        activity_regularizer: Penalty | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        sizes = list(itertools.pairwise(features))
+        last = len(sizes) - 1
+        self.layers = nnx.List(
+            [
+                Dense(
+                    size,
+                    out,
+                    activation=activation if i < last else None,
+                    use_bias=use_bias,
+                    kernel_regularizer=kernel_regularizer,
+                    bias_regularizer=bias_regularizer,
+                    activity_regularizer=activity_regularizer if i < last else None,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    implementation=implementation if i < last else None,
+                    rngs=rngs,
+                )
+                for i, (size, out) in enumerate(sizes)
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output (..., features[-1]) for an input (..., features[0])."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _held(penalty: Penalty | None) -> Any:
+    """Return what a module can hold of a penalty."""
+    # An array must be data to NNX; numbers stay out of the module's state.
+    arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(penalty))
+    return nnx.data(penalty) if arrays else penalty

@@ -31,12 +31,14 @@ class Measurement:
         moments: what `penalty.moments` returned.
         count: what the reduction divides by, a scalar, or None where it does not divide.
         adds_up: whether the moments of parts of a batch add up to those of the whole.
+        once: whether it is of a parameter, and so the same for every microbatch.
     """
 
     penalty: Penalty
     moments: Any
     count: jax.Array | None
     adds_up: bool = dataclasses.field(metadata={"static": True})
+    once: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def value(self) -> jax.Array:
@@ -50,6 +52,8 @@ class Measurement:
 
     def sum(self) -> "Measurement":
         """Return the measurement of all microbatches together, which the leading axis stacks."""
+        if self.once:
+            return jax.tree.map(lambda leaf: leaf[0], self)  # type: ignore[no-any-return]
         first = jax.tree.map(lambda leaf: leaf[0], self.penalty)
         moments, count = jax.tree.map(
             lambda leaf: jnp.sum(leaf, axis=0), (self.moments, self.count)
@@ -58,6 +62,8 @@ class Measurement:
 
     def psum(self, axis_name: AxisName) -> "Measurement":
         """Return the measurement of all shards together; see `combine`."""
+        if self.once:
+            return self
         axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
         differ = _varying(self.moments)
         # Where JAX does not keep track (`vmap`, `check_vma=False`), not even the index differs.
@@ -96,10 +102,12 @@ def measure(
     reduction: Reduction,
     mask: ArrayLike | None = None,
     name: str = "x",
+    moments: Any = None,
 ) -> Measurement:
     """Take a penalty's moments and count of one array; `name` names it in errors.
 
-    See `jaxreg.penalize` for the reductions and the mask.
+    See `jaxreg.penalize` for the reductions and the mask. `moments` are those of the array, where
+    they have been taken already.
     """
     check_reduction(reduction)
     x = penalty.prepare(x, name)
@@ -123,11 +131,29 @@ def measure(
     return Measurement(
         # What only the moments read stays where they were taken.
         penalty=jax.tree.map(jnp.asarray, penalty.with_arrays(lambda _: None)),
-        moments=penalty.moments(x, where),
+        moments=penalty.moments(x, where) if moments is None else moments,
         # A number stays one, so that nothing of the division by it is traced.
         count=_count(count),
         adds_up=penalty.adds_up(x.ndim),
     )
+
+
+def measure_parameter(x: jax.Array, penalty: Penalty, ndim: int, name: str) -> Measurement:
+    """Measure a parameter of so many axes; leading ones beyond them are of stacked layers.
+
+    A penalty whose strengths a scan has stacked, too, has one for each layer; those beyond, of a
+    scan that passes one parameter through all its steps, are all the same.
+    """
+
+    def take(x: jax.Array, penalty: Penalty) -> Measurement:
+        return dataclasses.replace(measure(x, penalty, "sum", name=name), adds_up=True, once=True)
+
+    layers, stacked = x.ndim - ndim, jnp.ndim(jax.tree.leaves(penalty)[0])
+    for _ in range(stacked - layers):
+        penalty = jax.tree.map(lambda leaf: leaf[0], penalty)
+    for _ in range(layers):
+        take = jax.vmap(take, in_axes=(0, 0 if stacked else None))
+    return take(x, penalty)
 
 
 def _count(count: Any) -> Any:

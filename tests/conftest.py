@@ -22,3 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         case = parameters and parameters.params.get("case")
         if case:
             item.add_marker(pytest.mark.xdist_group(str(case)))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave `tests/aot` to those who ask for it by name: it needs an environment of its own."""
+    named = any("aot" in argument for argument in config.args)
+    return True if collection_path.name == "aot" and not named else None

@@ -136,7 +136,9 @@ def test_an_empty_batch_gives_zero(params, penalty):
 @of_functions
 def test_input_that_is_not_real_floating_point(params, penalty):
     for dtype in (jnp.int32, jnp.complex64):
-        message = rf'takes a real floating-point array; got dtype {dtype.dtype} for "x" of shape \(4'
+        message = (
+            rf'takes a real floating-point array; got dtype {dtype.dtype} for "x" of shape \(4'
+        )
         with pytest.raises(TypeError, match=message):
             penalty(params, jnp.ones((4, 3), dtype))
 

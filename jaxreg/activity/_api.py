@@ -16,7 +16,7 @@ from jaxreg.rules import Rules
 from jaxreg.terms import AxisName, Reduction, Terms, check_reduction, measure
 
 from . import _linen, _nnx
-from ._pass import Pass, current, join
+from ._pass import Pass, current
 
 Value = TypeVar("Value")
 
@@ -217,9 +217,20 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"`jaxreg.sow` takes a Penalty; got {penalty!r} for {name!r}.")
+    found = site(module, name)
+    if found is not None:
+        run, path = found
+        run.record(module, path, value, penalty)
+    return value
+
+
+def site(module: nn.Module | nnx.Module, name: str) -> tuple[Pass, str] | None:
+    """Return the pass under way and the path in it of a module's value; None if there is no pass.
+
+    Nor is there one for a module that is being initialized.
+    """
     run = current()
     if run is None or (isinstance(module, nn.Module) and module.is_initializing()):
-        return value
+        return None
     path = module.path if isinstance(module, nn.Module) else _nnx.path_of(module)
-    run.record(module, join(*path, name), value, penalty)
-    return value
+    return run, run.at(*path, name)

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.penalties import Penalty
-from jaxreg.terms import Measurement
 
-from ._pass import Measured, Pass, join, merge, trace
+from ._pass import Measured, Parameter, Pass, join, merge, trace
 
 COLLECTION = "intermediates"
 _NAME = "jaxreg_terms_"
@@ -278,15 +277,22 @@ def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
     return rest, measured
 
 
-def _placeholder(penalty: Penalty, measurement: Measurement) -> Measurement:
+def _placeholder(penalty: Penalty, measurement: Any) -> Any:
     """Return the shapes of a measurement, without what belongs to the trace that it was made in."""
+    if isinstance(measurement, Parameter):
+        return dataclasses.replace(measurement, penalty=penalty)
     moments, count = jax.eval_shape(lambda: (measurement.moments, measurement.count))
     penalty = penalty.with_arrays(lambda _: None)
     return dataclasses.replace(measurement, penalty=penalty, moments=moments, count=count)
 
 
-def _empty(like: Measurement) -> Measurement:
-    """Return the measurement of an empty batch, which is worth 0."""
+def _empty(like: Any) -> Any:
+    """Return the measurement of an empty batch, which is worth 0.
+
+    A parameter's penalty does not depend on the branch.
+    """
+    if isinstance(like, Parameter):
+        return jax.tree.map(jnp.asarray, like)
     moments, count = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.moments, like.count))
     penalty = jax.tree.map(jnp.asarray, like.penalty)
     return dataclasses.replace(like, penalty=penalty, moments=moments, count=count)

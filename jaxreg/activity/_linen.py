@@ -10,8 +10,10 @@ import flax.linen as nn
 from flax.core import FrozenDict, freeze
 from flax.core.scope import in_filter, union_filters
 
+from jaxreg.terms import measure_parameter
+
 from ._lifted import COLLECTION, Calls, take_sown
-from ._pass import Measured, Pass, join, merge, under_way
+from ._pass import Measured, Parameter, Pass, join, merge, under_way
 
 
 def is_apply(forward: Any) -> bool:
@@ -35,7 +37,7 @@ def run_apply(
     measured = merge(measured, sown)
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
-    measured = run.finish(measured)
+    measured = _with_parameters(run.finish(measured), variables)
     if wanted is False:
         return out, measured
     kept = {name: state[name] for name in state if name != COLLECTION}
@@ -49,6 +51,7 @@ def run_function(
 ) -> tuple[Any, Measured]:
     """Run any function that calls Linen modules."""
     run, measured, out = _run(partial(forward, *args, **kwargs), new_pass, {}, collects=False)
+    _require_no_parameters(measured)
     return out, run.finish(measured)
 
 
@@ -57,6 +60,7 @@ def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[An
     new_pass = partial(dataclasses.replace, outer, prefix=prefix)
     inner, measured, out = _run(forward, new_pass, outer.seen, collects=False)
     outer.seen.update(inner.seen)
+    _require_no_parameters(measured)
     return out, measured
 
 
@@ -112,7 +116,7 @@ def _intercept(
         with _watched(run, module):
             out = call(*args, **kwargs)
         if is_call:
-            run.record(module, join(*module.path), out)
+            run.record(module, run.at(*module.path), out)
     return calls.leave(run, entered, out)
 
 
@@ -125,7 +129,7 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
 
     def sow(col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
         if col == COLLECTION:
-            run.record(module, join(*module.path, name), value)
+            run.record(module, run.at(*module.path, name), value)
         return type(module).sow(module, col, name, value, *args, **kwargs)
 
     object.__setattr__(module, "sow", sow)
@@ -133,6 +137,36 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(module, "sow")
+
+
+def _require_no_parameters(measured: Measured) -> None:
+    """Raise if a parameter is to be measured where there are no variables to take it from."""
+    for path, calls in measured.items():
+        if isinstance(calls[0], Parameter):
+            raise ValueError(
+                f'`jaxreg.activity` has no parameters to measure "{path}" by. Give it the'
+                " module's own `apply`: `jaxreg.activity(rules)(model.apply)(variables, x)`."
+            )
+
+
+def _with_parameters(measured: Measured, variables: Mapping[str, Any]) -> Measured:
+    """Measure the parameters that have penalties of their own, each once."""
+    done = dict(measured)
+    for path, calls in measured.items():
+        if isinstance(calls[0], Parameter):
+            leaf: Any = variables.get("params", {})
+            for name in path.split("/"):
+                if not isinstance(leaf, Mapping) or name not in leaf:
+                    raise ValueError(
+                        f'`jaxreg.activity` finds no parameter "{path}" to penalize. A'
+                        " transformation that renames parameters is around it; use"
+                        " `jaxreg.kernel` for this one."
+                    )
+                leaf = leaf[name]
+            done[path] = (
+                measure_parameter(nn.meta.unbox(leaf), calls[0].penalty, calls[0].ndim, path),
+            )
+    return done
 
 
 def _modules(variables: Mapping[str, Any]) -> dict[str, None]:

@@ -9,6 +9,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from flax.nnx import bridge
 
+from jaxreg.terms import measure_parameter
+
 from ._linen import run_inside
 from ._pass import Measured, Pass, current, join, merge, trace, under_way
 
@@ -75,7 +77,13 @@ def run_module(
             new = value is not before[id(node)].get(name)
             if new and not name.startswith(("_jaxreg", "_pytree")):
                 setattr(originals[id(node)], name, originals.get(id(value), value))
-    return out, run.finish(measured)
+    measured = run.finish(measured)
+    for path, node in copies:
+        for name, (penalty, ndim) in getattr(node, "_jaxreg_penalties", dict)().items():
+            where = join(*path, name)
+            value = getattr(node, name).get_value()
+            measured[where] = (measure_parameter(value, penalty, ndim, where),)
+    return out, measured
 
 
 def path_of(module: Any) -> Path:
@@ -99,13 +107,13 @@ def _watched(cls: Any, path: Path) -> Any:
             # What the wrapper puts out the Linen module inside does, under the same path.
             return _run_linen(run, self, functools.partial(cls.__call__, self, *args, **kwargs))
         out = cls.__call__(self, *args, **kwargs)
-        run.record(self, join(*path), out)
+        run.record(self, run.at(*path), out)
         return out
 
     def sow(self: Any, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         run = current()
         if run is not None:
-            run.record(self, join(*path, name), value)
+            run.record(self, run.at(*path, name), value)
         return cls.sow(self, variable_type, name, value, *args, **kwargs)
 
     members = {"sow": sow, "_jaxreg_path": path, "_jaxreg_class": cls}

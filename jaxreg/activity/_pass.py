@@ -13,9 +13,27 @@ from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
 from jaxreg.rules import TOP, Rules
-from jaxreg.terms import Measurement, Reduction, measure
+from jaxreg.terms import Reduction, measure
 
-Measured = dict[str, tuple[Measurement, ...]]
+Measured = dict[str, tuple[Any, ...]]
+"""For each path its measurements, and of parameters the `Parameter`s that are to be measured."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter's own penalty, on its way out of the forward pass.
+
+    Not its measurement: a scan that passes the parameter through all its steps would carry one for
+    each step.
+
+    Args:
+        penalty: the penalty.
+        ndim: how many axes the parameter has in its module.
+    """
+
+    penalty: Penalty
+    ndim: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass
@@ -52,15 +70,22 @@ class Pass:
         rule = self.rules.find(path)
         return default if rule is None else self.rules.values[rule]
 
+    def at(self, *names: Any) -> str:
+        """Return the path of these names below the pass's module."""
+        return join(*(name for name in (self.prefix, *names) if name != TOP))
+
+    def meet(self, path: str, default: Penalty | None = None) -> Penalty | None:
+        """Note that there is a value at this path, and return its penalty."""
+        self.seen[path] = None
+        return self.penalty(path, default)
+
     def record(self, module: Any, path: str, output: Any, default: Penalty | None = None) -> None:
         """Measure each floating-point leaf of an output, if it is penalized, and carry it.
 
         Raises:
             TypeError: where a penalized output has no such leaf.
         """
-        path = join(*(name for name in (self.prefix, path) if name != TOP))
-        self.seen[path] = None
-        penalty = self.penalty(path, default)
+        penalty = self.meet(path, default)
         if penalty is None:
             return
         leaves = jax.tree.leaves(output)
@@ -72,15 +97,23 @@ class Pass:
                 f" {', '.join(kinds) or None}. A rule that maps it to None, put first, exempts it."
             )
         calls = [measure(x, penalty, self.reduction, self.mask, path) for x in floating]
+        self.keep(module, path, penalty, *calls)
+
+    def keep(self, module: Any, path: str, penalty: Penalty, *calls: Any) -> None:
+        """Carry what was measured by a penalty at a path."""
         self.penalized[path] = penalty
-        self.carry(module, {path: tuple(calls)})
+        self.carry(module, {path: calls})
 
     def finish(self, measured: Measured) -> Measured:
-        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it."""
+        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it.
+
+        Rules are of activations: none wins a parameter.
+        """
         if self.seen or not self.initializing:
+            values = [p for p, calls in measured.items() if not isinstance(calls[0], Parameter)]
             exempt = [path for path in self.seen if self.penalty(path) is None]
             self.rules.require_wins(
-                winners={self.rules.find(path) for path in [*measured, *exempt]},
+                winners={self.rules.find(path) for path in [*values, *exempt]},
                 paths=self.seen,
                 what="modules and sown values of the forward pass",
                 otherwise="which no `__call__` and no `sow` gave a value in this pass",

@@ -1,0 +1,241 @@
+"""On an NVIDIA GPU: is a regularized step slower than an unregularized one, and how much?
+
+Checks every number against float64 before it times anything; then times, interleaved in one
+process, the sparse autoencoder's step, a dense layer, its product alone, AdamW with and without a
+penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. The kernel of
+`jaxreg.ops.dense` takes a Hopper GPU; on others it times XLA alone and says so.
+
+Run:
+    python -m benchmarks.gpu [--rounds N] [--smoke]
+
+Writes `benchmarks/results/gpu-NAME.json`, where NAME is the device's, and prints the table.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxreg as jr
+from benchmarks._timing import interleaved, ratios, summary
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, HIDDEN = 8192, 16384
+WIDTHS = (256, 512, 1024, 4096)
+PENALTY = jr.L1(1e-3)
+BF16: Any = jnp.bfloat16
+
+
+def operands(batch: int, width: int, hidden: int, dtype: Any = BF16) -> list[jax.Array]:
+    """Return x, an encoder's and a decoder's weights and biases."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, width), dtype)
+    w = jax.random.normal(keys[1], (width, hidden), dtype) / width**0.5
+    v = jax.random.normal(keys[2], (hidden, width), dtype) / hidden**0.5
+    return [x, w, jnp.zeros(hidden, dtype), v, jnp.zeros(width, dtype)]
+
+
+def autoencoder(
+    x: Any, w: Any, b: Any, v: Any, c: Any, *, penalty: Any, implementation: str | None
+) -> jax.Array:
+    """Return the loss of a sparse autoencoder."""
+    if penalty is None:
+        h, value = jax.nn.relu(x @ w + b), jnp.float32(0)
+    else:
+        h, value = jr.ops.dense(
+            x, w, b, activation=jax.nn.relu, penalty=penalty, implementation=implementation
+        )
+    return jnp.mean(jnp.square((h @ v + c - x).astype(jnp.float32))) + value
+
+
+def layer(x: Any, w: Any, b: Any, *, penalty: Any, implementation: str | None) -> Any:
+    """Return a dense layer's output, and its penalty."""
+    if penalty is None:
+        return jax.nn.relu(x @ w + b), jnp.float32(0)
+    return jr.ops.dense(
+        x, w, b, activation=jax.nn.relu, penalty=penalty, implementation=implementation
+    )
+
+
+def product(x: Any, w: Any, *, penalty: Any, implementation: str | None) -> Any:
+    """Return the product alone; with the penalty, what the kernel's own costs."""
+    if penalty is None:
+        return x @ w
+    return jr.ops.dense(x, w, penalty=penalty, implementation=implementation)
+
+
+def check(implementation: str) -> None:
+    """Raise if the implementation's loss or gradient is off; by the largest entry, in float64."""
+    narrow = operands(512, 256, 1024)
+    step = jax.jit(
+        jax.value_and_grad(
+            functools.partial(autoencoder, penalty=PENALTY, implementation=implementation),
+            argnums=(1, 2, 3),
+        )
+    )
+    got = jax.tree.map(lambda a: np.asarray(a, np.float64), step(*narrow))
+    x, w, b, v, c = (np.asarray(a, np.float64) for a in narrow)
+    z = x @ w + b
+    h = np.maximum(z, 0)
+    error = h @ v + c - x
+    dy = 2 * error / error.size
+    dz = (dy @ v.T + float(np.asarray(PENALTY.strength)) / len(x)) * (z > 0)
+    loss = np.mean(error**2) + float(np.asarray(PENALTY.strength)) * np.abs(h).sum() / len(x)
+    expected = (loss, (x.T @ dz, dz.sum(0), h.T @ dy))
+    for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=0.03 * np.abs(e).max(), rtol=0)
+
+
+def runnable() -> list[str]:
+    """Return the implementations that run here, numbers checked."""
+    check("xla")
+    try:
+        check("mosaic_gpu")
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        print(f"no kernel here: {str(error).splitlines()[0]}")
+        return ["xla"]
+    return ["xla", "mosaic_gpu"]
+
+
+def variants(
+    function: Callable[..., Any], arguments: list[jax.Array], implementations: list[str]
+) -> dict[str, Callable[[], Any]]:
+    """Return what is compared: without the penalty, and with it by each implementation."""
+    settings = {"without": (None, None)} | {i: (PENALTY, i) for i in implementations}
+    jitted = {
+        name: jax.jit(functools.partial(function, penalty=p, implementation=i))
+        for name, (p, i) in settings.items()
+    }
+    return {name: functools.partial(f, *arguments) for name, f in jitted.items()}
+
+
+def steps(
+    x: Any, w: Any, b: Any, v: Any, c: Any, *, penalty: Any, implementation: str | None
+) -> Any:
+    """Return the autoencoder's loss and gradient."""
+    f = functools.partial(autoencoder, penalty=penalty, implementation=implementation)
+    return jax.value_and_grad(f, argnums=(1, 2, 3, 4))(x, w, b, v, c)
+
+
+def layer_steps(x: Any, w: Any, b: Any, *, penalty: Any, implementation: str | None) -> Any:
+    """Return the gradient of a loss of the layer's output, and its penalty."""
+
+    def loss(w: Any, b: Any) -> Any:
+        a, value = layer(x, w, b, penalty=penalty, implementation=implementation)
+        return jnp.mean(jnp.square(a.astype(jnp.float32))) + value
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(w, b)
+
+
+def optimizers(smoke: bool) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return AdamW ± a coupled penalty, over large leaves and over many small ones."""
+    large = [(1024, 1024)] * 4 if smoke else [(16384, 8192)] * 8
+    small = [(64, 64)] * 20 if smoke else [(256, 256)] * 200
+    adamw = optax.adamw(1e-3)
+    chains = {
+        "without": adamw,
+        "xla": optax.chain(jr.add_penalty_gradient(jr.kernel(jr.L2(1e-4))), adamw),
+    }
+    groups: dict[str, dict[str, Callable[[], Any]]] = {}
+    for name, shapes in (("AdamW, 1.07e9 parameters", large), ("AdamW, 200 small leaves", small)):
+        params = [{"kernel": jnp.ones(shape)} for shape in shapes]
+        groups[name] = {}
+        for label, tx in chains.items():
+
+            def update(params: Any, state: Any, tx: Any = tx) -> Any:
+                updates, state = tx.update(params, state, params)
+                return optax.apply_updates(params, updates)
+
+            state = tx.init(params)
+            groups[name][label] = functools.partial(jax.jit(update), params, state)
+    return groups
+
+
+def torch_steps(batch: int, width: int, hidden: int) -> dict[str, Callable[[], Any]]:
+    """Return PyTorch's step with L1, eager and compiled; nothing where it is not installed."""
+    try:
+        import torch  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return {}
+
+    def leaf(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    x, w, b, v, c = (
+        leaf(*s) for s in ((batch, width), (hidden, width), (hidden,), (width, hidden), (width,))
+    )
+    x.requires_grad_(False)
+
+    def loss() -> Any:
+        h = torch.relu(torch.nn.functional.linear(x, w, b))
+        y = torch.nn.functional.linear(h, v, c)
+        return ((y - x).float() ** 2).mean() + 1e-3 * h.float().abs().sum() / batch
+
+    def step(loss: Any) -> Callable[[], Any]:
+        def run() -> None:
+            torch.autograd.grad(loss(), [w, b, v, c])
+            torch.cuda.synchronize()
+
+        return run
+
+    return {"torch eager": step(loss), "torch.compile": step(torch.compile(loss))}
+
+
+def main() -> None:
+    """Check, time, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not options.smoke:
+        sys.exit(
+            f"benchmarks.gpu times an NVIDIA GPU; JAX finds {device.device_kind!r} here. Install"
+            " `jax[cuda13]` on a machine with a GPU. What XLA and the kernels compile to without"
+            " one: `python -m benchmarks.aot`."
+        )
+    implementations = runnable()
+    batch, hidden, widths = (512, 1024, (256,)) if options.smoke else (BATCH, HIDDEN, WIDTHS)
+    rows: list[dict[str, Any]] = []
+
+    def time(name: str, functions: dict[str, Callable[[], Any]]) -> None:
+        for f in functions.values():  # compiles
+            jax.block_until_ready(f())
+        seconds = interleaved(functions, 2 if options.smoke else options.rounds)
+        rows.append({"case": name} | {k: summary(v) for k, v in seconds.items()})
+        cells = [f"{k} {summary(v)['median'] * 1e6:,.0f} µs" for k, v in seconds.items()]
+        if "without" in seconds:
+            relative = {k: ratios(seconds, k, "without") for k in seconds if k != "without"}
+            rows[-1]["÷ without"] = relative
+            cells += [f"{k} ÷ without {r['median']:.3f}" for k, r in relative.items()]
+        print(f"{name}: {'; '.join(cells)}", flush=True)
+
+    for width in widths:
+        arguments = operands(batch, width, hidden)
+        torches = torch_steps(batch, width, hidden) if width == 512 else {}
+        time(f"SAE step, D {width}", variants(steps, arguments, implementations) | torches)
+        time(f"product, D {width}", variants(product, arguments[:2], implementations))
+        time(f"dense, D {width}, forward", variants(layer, arguments[:3], implementations))
+        time(f"dense, D {width}, step", variants(layer_steps, arguments[:3], implementations))
+    for name, functions in optimizers(options.smoke).items():
+        time(name, functions)
+    if not options.smoke:
+        RESULTS.mkdir(exist_ok=True)
+        name = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
+        versions = {"jax": jax.__version__, "jaxreg": jr.__version__}
+        (RESULTS / f"gpu-{name}.json").write_text(
+            json.dumps({"device": device.device_kind, **versions, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

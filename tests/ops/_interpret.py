@@ -1,0 +1,36 @@
+"""Mosaic GPU kernels on the CPU: the one place that knows JAX's interpreter of them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from jaxreg.ops import _dispatch
+from jaxreg.ops.dense import _mosaic_gpu
+
+needs_kernels = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="kernels need JAX 0.12; `test_dense.py` tests the refusal",
+)
+
+
+@contextlib.contextmanager
+def interpreted(*, dispatched: bool = True) -> Iterator[None]:
+    """Run kernels in the interpreter, which fills what is not initialized with NaN and finds races.
+
+    The kernel is then lowered for the CPU, where nothing else can run in its stead: the reference
+    is chosen before, and the other platforms' branch cannot be lowered.
+
+    Args:
+        dispatched: whether the platform is looked at. `vmap` of that and of the interpreter's
+            effects together is what JAX cannot do.
+    """
+    plgpu = _mosaic_gpu._pallas()
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with pytest.MonkeyPatch.context() as patch, plgpu.force_gpu_interpret_mode(params):
+        patch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))
+        patch.setattr(_mosaic_gpu, "_BLOCKS", 2)
+        if not dispatched:
+            patch.setattr(_dispatch, "only_on", lambda platforms, op, implementation, run: run)
+        yield

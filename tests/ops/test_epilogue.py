@@ -1,0 +1,66 @@
+"""Moments as sums of functions of single entries."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxreg as jr
+from jaxreg.ops._epilogue import NotElementwise, elementwise, epilogue, evaluate
+from tests.registry import CASES
+
+# Those of the registry that a kernel can measure.
+TILED = {
+    *("L1", "L2", "L1L2", "Huber", "RangeHinge", "RangeHinge-squared", "L0", "HardConcrete"),
+    *("MCP", "SCAD", "CappedL1", "GroupLasso", "GroupLasso-conv", "SparseGroupLasso"),
+    *("KLSparsity", "HoyerSquare", "ActivationNorm", "ImportanceCV"),
+    *("L2+GroupLasso+L2", "2*(L1+KLSparsity)"),
+}
+BATCHES = [case for case in CASES if np.ndim(case.sample) >= 2]
+
+
+def by_epilogue(penalty: jr.Penalty, x: jax.Array):
+    sums = epilogue(penalty, x.shape)
+    values = evaluate([node for node, _ in sums.sums], x, sums.scalars)
+    return sums.moments(
+        [
+            jnp.sum(value, axis=None if over == "all" else tuple(range(x.ndim - 1)))
+            for value, (_, over) in zip(values, sums.sums, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in BATCHES if c.name in TILED], ids=str)
+def test_moments_come_back_from_their_sums(case):
+    x = jnp.asarray(case.sample, jnp.float32)
+    expected: Any = case.penalty.moments(x)
+    concrete, traced = by_epilogue(case.penalty, x), jax.jit(by_epilogue)(case.penalty, x)
+    for moments in (concrete, traced):
+        chex.assert_trees_all_close(moments, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_other_penalty_says_why_it_cannot():
+    names = {case.name for case in BATCHES}
+    assert names >= TILED
+    for case in BATCHES:
+        if case.name not in TILED:
+            with pytest.raises(NotElementwise, match=r"^it (takes|holds|sums)"):
+                epilogue(case.penalty, np.shape(case.sample))
+
+
+def test_a_setting_that_is_traced_is_handed_over_and_a_number_is_not():
+    assert epilogue(jr.Huber(0.1, delta=0.5), (8, 4)).scalars == []
+    assert len(epilogue(jr.Huber(0.1, delta=jnp.float32(0.5)), (8, 4)).scalars) <= 2
+    handed = jax.eval_shape(
+        lambda delta: epilogue(jr.Huber(0.1, delta=delta), (8, 4)).scalars, jnp.float32(0.5)
+    )
+    assert {s.shape for s in handed} == {()}
+
+
+@pytest.mark.parametrize("function", [jax.nn.softmax, jnp.cumsum, lambda z: z + jnp.arange(128.0)])
+def test_an_activation_that_looks_around_is_refused(function):
+    with pytest.raises(NotElementwise, match=r"it takes|it holds"):
+        elementwise(function)
