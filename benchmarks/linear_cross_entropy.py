@@ -236,7 +236,7 @@ def main() -> None:
         shape, chunk = (SMOKE, 8) if options.smoke else (COMPILED, 1024)
         result["compiled"] = compiled(shape, options.chunk or chunk)
     else:
-        shape, chunk = (SMOKE, 8) if options.smoke else (TIMED, 128)
+        shape, chunk = (SMOKE, 8) if options.smoke else (TIMED, 256)
         rounds, chunk = 2 if options.smoke else options.rounds, options.chunk or chunk
         result |= {
             "device": jax.devices()[0].device_kind,

@@ -193,6 +193,23 @@ def test_a_weight_with_sharded_features_is_gathered_as_fsdp_does(expected):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words", "gathered"),
+    [
+        (P("data", "model"), None, False),  # the sequence too
+        (P(("data", "model")), None, False),
+        (P("data"), "data", True),  # words along the tokens' axis: FSDP
+        (P("data"), ("model",), False),
+    ],
+)
+def test_other_ways_to_lay_out_tokens_and_words(tokens, words, gathered, expected):
+    specs = tokens, P(None, words), P(words), P("data")
+    found, text = run(result_of, mesh_of(AxisType.Explicit), specs)
+    assert_same(found, expected[0][1])
+    kinds = {kind for kind, *_ in collectives(text)}
+    assert ("all-gather" in kinds) == gathered
+
+
 def test_labels_out_of_range_on_any_device_make_nan():
     mesh = mesh_of(AxisType.Auto)
     function = jax.jit(shard_mapped(mesh, "both"))
