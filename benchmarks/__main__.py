@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from ._report import HEAD, about, keep
 
-CLAIMS = ("train_step", "lasso", "optimizer", "scaling", "matrix", "ordered")
+CLAIMS = (
+    "train_step",
+    "activity",
+    "linear_cross_entropy",
+    "lasso",
+    "optimizer",
+    "scaling",
+    "matrix",
+    "ordered",
+)
 """Each is a module with `rows(smoke, rounds)`, and perhaps `draw(rows, folder)` for a figure."""
 
 
@@ -54,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.list:
         for claim in CLAIMS:
-            print(f"{claim:14}{_title(importlib.import_module(f'benchmarks.{claim}'))}")
+            print(f"{claim:22}{_title(importlib.import_module(f'benchmarks.{claim}'))}")
         return
     results = {}
     with tqdm(options.only, disable=None) as bar:

@@ -1,24 +1,16 @@
 """Cross-entropy with z-loss of a linear layer: in chunks, against the logits held or recomputed.
 
-    python -m benchmarks.linear_cross_entropy --json linear_cross_entropy.json
-    python -m benchmarks.linear_cross_entropy --compiled      # in the environment of benchmarks.aot
+Values with gradients are timed after each was checked against float64, and the temporary memory of
+the programs is read. The baselines are what one writes by hand: *held* has all logits in float32;
+*recomputed* is a scan over chunks under `jax.checkpoint`.
 
-The first times values with gradients on this machine, in one process, interleaved, after it has
-checked each against float64. The second compiles a language model's shape for accelerators that
-are not there, and reads what memory the program takes besides its inputs and outputs.
-
-The baselines are what one writes by hand: `logits` holds them in float32; `recompute` is a scan
-over chunks under `jax.checkpoint`.
+`python -m benchmarks.linear_cross_entropy`, in the environment of `benchmarks.aot`, compiles a
+language model's shape for accelerators that are not there, and prints the programs' memory.
 """
 
-import argparse
 import functools
-import json
-import platform
 import re
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +19,8 @@ import numpy as np
 
 import jaxreg as jr
 
-from ._timing import interleaved, summary
+from ._report import Row
+from ._timing import interleaved, ratios, summary
 
 Shape = tuple[int, int, int]  # tokens, features, words
 TIMED: Shape = (1024, 512, 32768)
@@ -100,44 +93,37 @@ def check(found: Any, exact: Any, name: str) -> float:
     return max(errors)
 
 
-def timed(shape: Shape, chunk: int, rounds: int) -> dict[str, Any]:
-    """Time values with gradients, and values, on this machine."""
+def timed(shape: Shape, chunk: int, rounds: int) -> Iterator[Row]:
+    """Yield the ratios of times of values with gradients, of memory, and the matrix products."""
     arrays = data(shape)
     losses = {
-        "logits": held,
-        "recompute": functools.partial(recomputed, chunk=chunk),
+        "held": held,
+        "recomputed": functools.partial(recomputed, chunk=chunk),
         "jaxreg": functools.partial(ours, chunk=chunk),
-        "jaxreg, default chunk": ours,
-        "jaxreg, no z-loss": functools.partial(ours, chunk=chunk, z_loss=0.0),
+        "jaxreg without z-loss": functools.partial(ours, chunk=chunk, z_loss=0.0),
     }
     with jax.enable_x64():
         double = [x.astype(jnp.float64) if jnp.isrealobj(x) and x.ndim == 2 else x for x in arrays]
         few = slice(0, min(64, shape[0]))  # float64 logits of some tokens are enough
         exact = {z: by_float64(double[0][few], double[1], arrays[2][few], z) for z in (Z_LOSS, 0.0)}
-    programs, rows = {}, {}
+    programs, memory = {}, {}
     for name, loss in losses.items():
-        part = loss if name != "recompute" else functools.partial(recomputed, chunk=few.stop)
+        part = loss if name != "recomputed" else functools.partial(recomputed, chunk=few.stop)
         found = jax.jit(with_gradient(part))(arrays[0][few], arrays[1], arrays[2][few])
-        error = check(found, exact[0.0 if "no z-loss" in name else Z_LOSS], name)
-        start = time.perf_counter()
+        check(found, exact[0.0 if "without" in name else Z_LOSS], name)
         program = jax.jit(with_gradient(loss)).lower(*arrays).compile()
-        rows[name] = {
-            "largest_error": error,
-            "compile_s": time.perf_counter() - start,
-            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-            "matrix_products": products(program.as_text()),
-        }
+        memory[name] = program.memory_analysis().temp_size_in_bytes
         programs[name] = functools.partial(program, *arrays)
-        programs[f"{name}: value"] = functools.partial(
-            jax.jit(loss).lower(*arrays).compile(), *arrays
-        )
+        if name == "jaxreg":
+            yield Row.exactly("jaxreg: matrix products", products(program.as_text()), "≤ 3")
     seconds = interleaved(programs, rounds)
-    for name, row in rows.items():
-        row["seconds"] = summary(seconds[name])
-        row["value_seconds"] = summary(seconds[f"{name}: value"])
-        for baseline in ("logits", "recompute", "jaxreg, no z-loss"):
-            row[f"÷ {baseline}"] = summary(np.divide(seconds[name], seconds[baseline]))
-    return {"shape": shape, "chunk": chunk, "rows": rows}
+    details = {"seconds": {name: summary(times) for name, times in seconds.items()}}
+    targets = {"held": "≤ 0.95", "recomputed": "≤ 0.80", "jaxreg without z-loss": "≤ 1.01"}
+    for baseline, target in targets.items():
+        ratio = ratios(seconds, "jaxreg", baseline)
+        yield Row(f"value and gradient: jaxreg ÷ {baseline}", ratio, target, details)
+    share = memory["jaxreg"] / memory["held"]
+    yield Row.exactly("temporary memory: jaxreg ÷ held", share, "≤ 0.20", bytes=memory)
 
 
 def by_float64(hidden: Any, weight: Any, labels: Any, z_loss: float) -> Any:
@@ -154,36 +140,40 @@ def by_float64(hidden: Any, weight: Any, labels: Any, z_loss: float) -> Any:
     return value, (slope @ w.T, h.T @ slope)
 
 
-def growth(shape: Shape, chunk: int) -> list[dict[str, Any]]:
-    """Read the temporary memory of programs for this machine, as the shape grows."""
+def growth(shape: Shape, chunk: int) -> Iterator[Row]:
+    """Yield how the temporary memory of programs for this machine grows with the shape."""
     tokens, features, words = shape
-    rows = []
-    for t, c, v in (
-        (tokens, chunk, words),
-        (2 * tokens, chunk, words),
-        (4 * tokens, chunk, words),
-        (tokens, 2 * chunk, words),
-        (tokens, chunk, 2 * words),
-    ):
+
+    def temporary(tokens: int, chunk: int, words: int) -> int:
         arrays = (
-            jax.ShapeDtypeStruct((t, features), jnp.float32),
-            jax.ShapeDtypeStruct((features, v), jnp.float32),
-            jax.ShapeDtypeStruct((t,), jnp.int32),
+            jax.ShapeDtypeStruct((tokens, features), jnp.float32),
+            jax.ShapeDtypeStruct((features, words), jnp.float32),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
         )
-        row: dict[str, Any] = {"tokens": t, "chunk": c, "words": v}
-        for name, loss in (("logits", held), ("jaxreg", functools.partial(ours, chunk=c))):
-            memory = jax.jit(with_gradient(loss)).lower(*arrays).compile().memory_analysis()
-            row[name] = memory.temp_size_in_bytes
-        rows.append(row)
-    return rows
+        loss = with_gradient(functools.partial(ours, chunk=chunk))
+        return jax.jit(loss).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    once = temporary(tokens, chunk, words)
+    for what, twice in {
+        "tokens": temporary(2 * tokens, chunk, words),
+        "the chunk": temporary(tokens, 2 * chunk, words),
+        "words": temporary(tokens, chunk, 2 * words),
+    }.items():
+        yield Row.exactly(f"temporary memory: twice {what} ÷ once", twice / once)
 
 
-def compiled(shape: Shape, chunk: int) -> list[dict[str, Any]]:
-    """Read the temporary memory of programs for devices that are not there."""
+def rows(smoke: bool, rounds: int) -> Iterator[Row]:
+    """Yield the ratios."""
+    shape, chunk = (SMOKE, 8) if smoke else (TIMED, 256)
+    yield from timed(shape, chunk, rounds)
+    yield from growth(shape, chunk)
+
+
+def main(shape: Shape = COMPILED, chunk: int = 1024) -> None:
+    """Print the temporary memory of programs for devices that are not there."""
     from .aot import DEVICES, report
 
     tokens, features, words = shape
-    rows = []
     for device in DEVICES:
         for weight in (jnp.bfloat16, jnp.float32):
             arrays = (
@@ -207,46 +197,16 @@ def compiled(shape: Shape, chunk: int) -> list[dict[str, Any]]:
                 function = functools.partial(_without_two, with_gradient(loss))
                 cost = report(function, ((), (), *arrays), device)
                 baseline = baseline or cost
-                row = {"device": device, "weight": str(jnp.dtype(weight)), "loss": name, **cost}
-                row["÷ logits"] = cost["temporary"] / baseline["temporary"]
-                rows.append(row)
+                share = cost["temporary"] / baseline["temporary"]
                 print(
-                    f"{device:8} {row['weight']:9} {name:34} {cost['temporary'] / 1e9:7.3f} GB"
-                    f" {row['÷ logits']:6.3f} ÷ logits",
+                    f"{device:8} {jnp.dtype(weight)!s:9} {name:34}"
+                    f" {cost['temporary'] / 1e9:7.3f} GB {share:6.3f} ÷ logits",
                     flush=True,
                 )
-    return rows
 
 
 def _without_two(function: Any, _: Any, __: Any, *arrays: Any) -> Any:
     return function(*arrays)
-
-
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compiled", action="store_true", help="for devices that are not there")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--chunk", type=int, help="tokens")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    options = parser.parse_args()
-    result: dict[str, Any] = {"jax": jax.__version__}
-    if options.compiled:
-        shape, chunk = (SMOKE, 8) if options.smoke else (COMPILED, 1024)
-        result["compiled"] = compiled(shape, options.chunk or chunk)
-    else:
-        shape, chunk = (SMOKE, 8) if options.smoke else (TIMED, 256)
-        rounds, chunk = 2 if options.smoke else options.rounds, options.chunk or chunk
-        result |= {
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.processor() or platform.machine(),
-            "timed": timed(shape, chunk, rounds),
-            "growth": growth(shape, chunk),
-        }
-        print(json.dumps(result, indent=1, ensure_ascii=False))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
