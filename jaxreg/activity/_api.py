@@ -32,8 +32,8 @@ def activity(
 
     `activity(rules)(model.apply)(variables, x)` in Linen, and `activity(rules)(model)(x)` in NNX,
     return `(out, terms)`: what the model returned, and a `Terms` of the penalties of its modules'
-    outputs. A penalty is computed at the module's output and only its moments are carried out, in
-    Linen's `intermediates` or a Variable of NNX's: no activation is stored.
+    outputs. A penalty is computed at the module's output, and only its moments are carried out,
+    through the transformations around it: no activation is stored.
 
     A module's output is what its `__call__` returns; of several outputs, each floating-point array
     counts. A module that is called twice counts twice, a shared module under its first path. A path
@@ -64,7 +64,7 @@ def activity(
 
     Returns:
         An `Activity`: call it with a bound Linen `apply`, an NNX module, a bound method of one, or
-        any function that calls Linen modules outside of lifted transformations.
+        any function that calls Linen modules.
 
     Raises:
         TypeError: for a rule's value that is neither a penalty nor None.

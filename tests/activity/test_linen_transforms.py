@@ -498,6 +498,27 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("bound", [False, True], ids=["apply", "bind"])
+def test_several_methods_in_one_apply(bound):
+    model, rules = Halves(), {"encoder": jr.L2(1.0), "block/dense": jr.L2(1.0)}
+    variables = model.init(KEY, X)
+
+    def both(module, x):
+        return module.decode(module.encode(x))
+
+    def ours(variables):
+        if bound:
+            return jr.activity(rules)(lambda x: both(model.bind(variables), x))(X)[1].total
+        return jr.activity(rules)(model.apply)(variables, X, method=both)[1].total
+
+    chex.assert_trees_all_close(
+        jax.jit(jax.value_and_grad(ours))(variables),
+        jax.jit(jax.value_and_grad(lambda v: halves(v["params"], X)[1]))(variables),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 MEND = r'cannot carry the term "{}.*Add "intermediates": 0 to its `variable_axes`'
 
 
