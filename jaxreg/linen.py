@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from jaxreg._dense_layer import penalized
 from jaxreg.activity import Parameter, site, sow
-from jaxreg.ops.dense import Activation
+from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
 

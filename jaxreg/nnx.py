@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jaxreg._dense_layer import penalized
 from jaxreg.activity import sow
 from jaxreg.activity._nnx import PenaltyTerm as PenaltyTerm
-from jaxreg.ops.dense import Activation
+from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
 

@@ -135,7 +135,7 @@ def scanned(axis, **keywords):
     )()
 
 
-@pytest.mark.parametrize("transform", [lambda m: m, nn.remat, nn.jit])
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit])
 def test_a_parameter_counts_once_however_often_its_layer_runs(transform):
     model = transform(Shared)()
     variables = init(model, X)

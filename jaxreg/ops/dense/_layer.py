@@ -5,8 +5,10 @@ from typing import Any
 import jax
 
 from jaxreg.activity import site
-from jaxreg.ops.dense import Activation, measured, reference
 from jaxreg.penalties import Penalty
+
+from ._api import measured
+from ._reference import Activation, reference
 
 
 def penalized(
