@@ -97,7 +97,7 @@ class Kernel:
             if not leaf.penalty:
                 continue
             x = leaf.penalty.prepare(leaf.value, leaf.path)
-            if leaf.penalty.entrywise and _is_small(x):
+            if leaf.penalty.entrywise and _has_numbers(leaf.penalty) and _is_small(x):
                 alike.setdefault((leaf.penalty, jax.typeof(x)), []).append(x)
             else:
                 total += leaf.penalty(x)
@@ -219,6 +219,11 @@ class Kernel:
 # where their sums by row are added up first, and read and write at most 2 % more.
 _MOST_ENTRIES = 2**20
 _SHORTEST_ROW = 8
+
+
+def _has_numbers(penalty: Penalty) -> bool:
+    """Return whether all settings are scalars, and so the same for every row of a leaf."""
+    return not any(map(jnp.ndim, jax.tree.leaves(penalty)))
 
 
 def _is_small(x: jax.Array) -> bool:

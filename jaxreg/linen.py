@@ -92,20 +92,24 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        self._report("kernel", self.kernel_regularizer, 2)
-        self._report("bias", self.bias_regularizer if self.use_bias else None, 1)
+        self._report("kernel", self.kernel_regularizer, shape)
+        self._report("bias", self.bias_regularizer if self.use_bias else None, shape[1:])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         operands = (x, kernel, bias)
         return penalized(
             self, operands, self.activation, self.activity_regularizer, self.implementation
         )
 
-    def _report(self, name: str, penalty: Penalty | None, ndim: int) -> None:
+    def _report(self, name: str, penalty: Penalty | None, shape: tuple[int, ...]) -> None:
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise TypeError(
+                f"`jaxreg.linen.Dense({name}_regularizer=...)` must be a Penalty or None; got"
+                f" {penalty!r}."
+            )
         found = None if penalty is None else site(self, name)
         if found is not None and penalty is not None:
             run, path = found
-            parameter = Parameter(jax.tree.map(jnp.asarray, penalty), ndim)
-            run.keep(self, path, penalty, parameter)
+            run.keep(self, path, penalty, Parameter(penalty, shape))
 
 
 class MLP(nn.Module):

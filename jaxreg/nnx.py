@@ -11,6 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxreg.activity import sow
 from jaxreg.activity._nnx import PenaltyTerm as PenaltyTerm
+from jaxreg.activity._nnx import is_foreign
 from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
@@ -35,7 +36,7 @@ class ActivityRegularization(nnx.Module):
     """
 
     def __init__(self, penalty: Penalty):
-        self.penalty = _held(penalty)
+        self.penalty = _held(penalty, "ActivityRegularization(penalty=...)")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""
@@ -48,8 +49,8 @@ class Dense(nnx.Module):
     Its parameters, `kernel` and `bias`, are those of `flax.nnx.Linear`, and so are their
     initializers. The penalties are terms of a surrounding `jaxreg.activity` (with no rules:
     `activity({})`), under the layer's path: `output`, which the activity's reduction divides and
-    its rules may replace; and `kernel` and `bias`, which neither does, and which count once however
-    often the layer runs. Without a surrounding activity nothing is penalized.
+    its rules may replace; and `kernel` and `bias`, which neither does, and which count once,
+    whether the layer runs often or not at all. Without a surrounding activity nothing is penalized.
 
     Args:
         in_features: the size of the input's last axis.
@@ -101,27 +102,34 @@ class Dense(nnx.Module):
             if use_bias
             else nnx.data(None)
         )
+        self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype
         self.activation = activation
-        self.kernel_regularizer = _held(kernel_regularizer)
-        self.bias_regularizer = _held(bias_regularizer)
-        self.activity_regularizer = _held(activity_regularizer)
+        self.kernel_regularizer = _held(kernel_regularizer, "Dense(kernel_regularizer=...)")
+        self.bias_regularizer = _held(bias_regularizer, "Dense(bias_regularizer=...)")
+        self.activity_regularizer = _held(activity_regularizer, "Dense(activity_regularizer=...)")
         self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the output (..., out_features) for an input (..., in_features)."""
+        if self._jaxreg_penalties() and is_foreign(self):
+            raise ValueError(
+                "`jaxreg.activity` cannot measure the parameters of a `jaxreg.nnx.Dense` that is"
+                " not part of the NNX module it was given. Penalize them by `jaxreg.kernel`."
+            )
         bias = None if self.bias is None else self.bias.get_value()
         operands = promote_dtype((x, self.kernel.get_value(), bias), dtype=self.dtype)
         return penalized(
             self, operands, self.activation, self.activity_regularizer, self.implementation
         )
 
-    def _jaxreg_penalties(self) -> dict[str, tuple[Penalty, int]]:
-        """Return the penalties of the parameters, each with how many axes the parameter has."""
-        own = {"kernel": (self.kernel_regularizer, 2)}
+    def _jaxreg_penalties(self) -> dict[str, tuple[Penalty, tuple[int, ...]]]:
+        """Return the penalties of the parameters, each with the parameter's shape in the layer."""
+        shape = (self.in_features, self.out_features)
+        own = {"kernel": (self.kernel_regularizer, shape)}
         if self.bias is not None:
-            own["bias"] = (self.bias_regularizer, 1)
-        return {name: (p, ndim) for name, (p, ndim) in own.items() if p is not None}
+            own["bias"] = (self.bias_regularizer, shape[1:])
+        return {name: (p, shape) for name, (p, shape) in own.items() if p is not None}
 
 
 class MLP(nnx.Module):
@@ -191,8 +199,10 @@ class MLP(nnx.Module):
         return x
 
 
-def _held(penalty: Penalty | None) -> Any:
+def _held(penalty: Penalty | None, argument: str) -> Any:
     """Return what a module can hold of a penalty."""
+    if penalty is not None and not isinstance(penalty, Penalty):
+        raise TypeError(f"`jaxreg.nnx.{argument}` must be a Penalty or None; got {penalty!r}.")
     # An array must be data to NNX; numbers stay out of the module's state.
     arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(penalty))
     return nnx.data(penalty) if arrays else penalty

@@ -52,12 +52,11 @@ class Measurement:
 
     def sum(self) -> "Measurement":
         """Return the measurement of all microbatches together, which the leading axis stacks."""
-        if self.once:
-            return jax.tree.map(lambda leaf: leaf[0], self)  # type: ignore[no-any-return]
         first = jax.tree.map(lambda leaf: leaf[0], self.penalty)
-        moments, count = jax.tree.map(
-            lambda leaf: jnp.sum(leaf, axis=0), (self.moments, self.count)
-        )
+        # Of a parameter each microbatch has the whole. With the mean, each has its share of the
+        # gradient, also where the others' are constants.
+        add_up = jnp.mean if self.once else jnp.sum
+        moments, count = jax.tree.map(lambda leaf: add_up(leaf, axis=0), (self.moments, self.count))
         return dataclasses.replace(self, penalty=first, moments=moments, count=count)
 
     def psum(self, axis_name: AxisName) -> "Measurement":
@@ -121,7 +120,8 @@ def measure(
             )
         where = jnp.asarray(mask, bool)[..., None]
         x = jnp.where(where, x, 0)
-        tokens = jnp.sum(where)
+        # Counted as integers, exactly; times the features they might overflow.
+        tokens = jnp.sum(where).astype(float)
     count = {
         "batch_mean": x.shape[0] if x.ndim else 1,
         "sum": None,
@@ -138,17 +138,26 @@ def measure(
     )
 
 
-def measure_parameter(x: jax.Array, penalty: Penalty, ndim: int, name: str) -> Measurement:
-    """Measure a parameter of so many axes; leading ones beyond them are of stacked layers.
+def measure_parameter(
+    x: jax.Array, penalty: Penalty, shape: tuple[int, ...], name: str
+) -> Measurement:
+    """Measure a parameter that has this shape in its module; leading axes are of stacked layers.
 
     A penalty whose strengths a scan has stacked, too, has one for each layer; those beyond, of a
     scan that passes one parameter through all its steps, are all the same.
     """
+    layers = x.ndim - len(shape)
+    if x.shape[layers:] != shape:
+        raise ValueError(
+            f'`jaxreg.activity` penalizes the parameter "{name}" where layers are stacked on the'
+            f" leading axes; got shape {x.shape}, of layers of {shape}. Use `jaxreg.kernel`, whose"
+            " penalties take `batch_axes`."
+        )
 
     def take(x: jax.Array, penalty: Penalty) -> Measurement:
         return dataclasses.replace(measure(x, penalty, "sum", name=name), adds_up=True, once=True)
 
-    layers, stacked = x.ndim - ndim, jnp.ndim(jax.tree.leaves(penalty)[0])
+    stacked = max(map(jnp.ndim, jax.tree.leaves(penalty)[:1]), default=0)
     for _ in range(stacked - layers):
         penalty = jax.tree.map(lambda leaf: leaf[0], penalty)
     for _ in range(layers):

@@ -531,3 +531,16 @@ def test_leaves_of_one_shape_and_other_shardings_on_an_explicit_mesh():
         for name, leaf in params.items():
             assert jax.typeof(gradient[name]) == jax.typeof(leaf)
             np.testing.assert_array_equal(gradient[name], np.full((8, 16), 4))
+
+
+def test_a_penalty_of_ones_own_may_hold_an_array():
+    class To(jr.penalties.Separable):
+        _: dataclasses.KW_ONLY
+        reference: Any
+
+        def phi(self, x):
+            return jnp.square(x - self.reference)
+
+    penalty = To(1.0, reference=jnp.arange(32.0).reshape(4, 8))
+    params = {"a": jnp.zeros((4, 8)), "b": jnp.zeros((4, 8))}
+    assert jr.kernel({"*": penalty})(params) == 2 * penalty(params["a"])

@@ -233,3 +233,98 @@ def test_an_implementation_that_cannot_run_says_why():
     layer, variables = linen(4, activity_regularizer=jr.L1(0.1), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"its kernel needs JAX|must both be bfloat16"):
         jr.activity({})(layer.apply)(variables, X)
+
+
+def test_each_microbatch_has_its_share_of_a_parameters_gradient():
+    layer, variables = linen()
+
+    def terms(variables, x):
+        return jr.activity({})(layer.apply)(variables, x)[1]
+
+    @jax.jit
+    def gradients(variables):
+        whole = jax.grad(lambda v: terms(v, X)["kernel"])(variables)
+        parts = [X[:3], X[3:]]
+        constants = [terms(variables, x) for x in parts]
+        shares = [
+            jax.grad(
+                lambda v, i=i: jr.combine(
+                    [terms(v, x) if j == i else constants[j] for j, x in enumerate(parts)]
+                )["kernel"]
+            )(variables)
+            for i in range(2)
+        ]
+        return whole, jax.tree.map(lambda a, b: a + b, *shares), shares[0]
+
+    whole, summed, first = gradients(variables)
+    chex.assert_trees_all_close(summed, whole, rtol=1e-6)
+    chex.assert_trees_all_close(first, jax.tree.map(lambda g: g / 2, whole), rtol=1e-6)
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        over_time = nn.scan(
+            Cell,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=5,
+            in_axes=nn.broadcast,
+        )
+        return over_time(name="time")(x, x)[0], None
+
+
+def test_a_scan_over_time_inside_a_scan_over_layers():
+    model = nn.scan(
+        Layers,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=4,
+        in_axes=nn.broadcast,
+    )()
+    variables = init(model, X, None)
+    _, terms = jax.jit(jr.activity({})(model.apply))(variables, X, None)
+    kernel = variables["params"]["time"]["layer"]["kernel"]
+    assert kernel.shape == (4, 5, 5)
+    np.testing.assert_allclose(terms["time/layer/kernel"], 0.1 * jnp.sum(kernel**2), rtol=1e-6)
+
+
+def test_layers_stacked_on_another_axis_are_an_error():
+    model = nn.scan(
+        Cell,
+        variable_axes={"params": 1},
+        split_rngs={"params": True},
+        length=3,
+        in_axes=nn.broadcast,
+    )()
+    variables = init(model, X, X)
+    with pytest.raises(ValueError, match=r'"layer/kernel" .* got shape \(5, 3, 5\), of layers of'):
+        jr.activity({})(model.apply)(variables, X, X)
+
+
+def test_a_tied_kernel_counts_once_and_a_foreign_layer_is_an_error():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.a, self.b = (
+                jr.nnx.Dense(5, 5, kernel_regularizer=jr.L2(0.1), rngs=nnx.Rngs(i)) for i in (0, 1)
+            )
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.b(self.a(x))
+
+    model = Tied()
+    _, terms = jr.activity({})(model)(X)
+    np.testing.assert_allclose(terms.total, 0.1 * jnp.sum(model.a.kernel[...] ** 2), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"not part of the NNX module .* `jaxreg.kernel`"):
+        jr.activity({})(lambda x: model.a(x))(X)
+
+
+def test_a_regularizer_that_is_no_penalty_is_an_error():
+    with pytest.raises(TypeError, match=r"nnx.Dense\(kernel_regularizer=...\)` must be a Penalty"):
+        jr.nnx.Dense(5, 4, kernel_regularizer=1e-4, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"linen.Dense\(kernel_regularizer=...\)` must be a Pen"):
+        init(jr.linen.Dense(4, kernel_regularizer="l2"), X)  # type: ignore[arg-type]
+    layer = jr.linen.Dense(4, kernel_regularizer=jr.NonNegative())
+    with pytest.raises(TypeError, match="is a constraint"):
+        measure(layer, init(layer, X), X)

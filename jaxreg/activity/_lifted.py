@@ -292,7 +292,7 @@ def _empty(like: Any) -> Any:
     A parameter's penalty does not depend on the branch.
     """
     if isinstance(like, Parameter):
-        return jax.tree.map(jnp.asarray, like)
+        return like
     moments, count = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.moments, like.count))
     penalty = jax.tree.map(jnp.asarray, like.penalty)
     return dataclasses.replace(like, penalty=penalty, moments=moments, count=count)

@@ -164,7 +164,7 @@ def _with_parameters(measured: Measured, variables: Mapping[str, Any]) -> Measur
                     )
                 leaf = leaf[name]
             done[path] = (
-                measure_parameter(nn.meta.unbox(leaf), calls[0].penalty, calls[0].ndim, path),
+                measure_parameter(nn.meta.unbox(leaf), calls[0].penalty, calls[0].shape, path),
             )
     return done
 

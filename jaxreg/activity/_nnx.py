@@ -78,11 +78,13 @@ def run_module(
             if new and not name.startswith(("_jaxreg", "_pytree")):
                 setattr(originals[id(node)], name, originals.get(id(value), value))
     measured = run.finish(measured)
+    shared: set[int] = set()
     for path, node in copies:
-        for name, (penalty, ndim) in getattr(node, "_jaxreg_penalties", dict)().items():
-            where = join(*path, name)
-            value = getattr(node, name).get_value()
-            measured[where] = (measure_parameter(value, penalty, ndim, where),)
+        for name, (penalty, shape) in getattr(node, "_jaxreg_penalties", dict)().items():
+            where, variable = join(*path, name), getattr(node, name)
+            if id(variable) not in shared:
+                measured[where] = (measure_parameter(variable[...], penalty, shape, where),)
+            shared.add(id(variable))
     return out, measured
 
 
@@ -90,6 +92,11 @@ def path_of(module: Any) -> Path:
     """Return the path of a module in the watched copy, and () for any other module."""
     path: Path = getattr(module, "_jaxreg_path", ())
     return path
+
+
+def is_foreign(module: Any) -> bool:
+    """Return whether a pass is under way that this module is not part of."""
+    return current() is not None and not hasattr(module, "_jaxreg_path")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ Measured = dict[str, tuple[Any, ...]]
 """For each path its measurements, and of parameters the `Parameter`s that are to be measured."""
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """A parameter's own penalty, on its way out of the forward pass.
@@ -28,12 +28,27 @@ class Parameter:
     each step.
 
     Args:
-        penalty: the penalty.
-        ndim: how many axes the parameter has in its module.
+        penalty: the penalty. Of its settings only arrays are leaves: a transformation stacks those.
+        shape: of the parameter in its module.
     """
 
     penalty: Penalty
-    ndim: int = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...]
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        """Return the arrays, and all else."""
+        settings, structure = jax.tree.flatten(self.penalty)
+        numbers = tuple(None if isinstance(s, jax.Array) else s for s in settings)
+        arrays = [s for s in settings if isinstance(s, jax.Array)]
+        return arrays, (structure, numbers, self.shape)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Any) -> "Parameter":
+        """Return what was flattened."""
+        structure, numbers, shape = static
+        rest = iter(arrays)
+        settings = [next(rest) if number is None else number for number in numbers]
+        return cls(jax.tree.unflatten(structure, settings), shape)
 
 
 @dataclasses.dataclass

@@ -145,7 +145,7 @@ def linear_cross_entropy(
         hidden=hidden,
         weight=weight,
         bias=bias,
-        labels=jnp.where(w == 0, 0, labels),  # what is ignored need be no word
+        labels=jnp.where(w == 0, -1, labels),  # no word, so that its loss is finite
         weights=w,
         z_loss=jnp.asarray(z_loss, wide),
     )

@@ -23,7 +23,8 @@ def of_logits(
     logits = settings.cap(logits)
     smoothing = settings.function.label_smoothing
     log_probabilities = jax.nn.log_softmax(logits)
-    loss = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    of_label = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    loss = jnp.where(labels < 0, 0, -of_label)
     if smoothing:
         loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_probabilities, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)

@@ -235,6 +235,22 @@ def test_a_bias_of_minus_infinity_takes_a_word_out():
     np.testing.assert_array_equal(gradient["bias"][10:], 0)
 
 
+@both
+def test_an_ignored_token_counts_nothing_where_the_first_word_is_taken_out(implementation):
+    hidden, weight = jnp.ones((3, 4)), jnp.ones((4, 7))
+    bias = jnp.zeros(7).at[0].set(-jnp.inf)
+
+    def loss(weight, w):
+        labels = jnp.array([1, 2, -100])
+        return jr.ops.linear_cross_entropy(
+            hidden, weight, labels, bias=bias, weights=w, implementation=implementation
+        ).total
+
+    total, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(weight, jnp.ones(3))
+    np.testing.assert_allclose(total, np.log(6), rtol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_ignored_is_zero_with_gradients_of_zero(reduction):
     p = problem()
