@@ -126,7 +126,7 @@ class Dense(nnx.Module):
     def _jaxreg_penalties(self) -> dict[str, tuple[Penalty, tuple[int, ...]]]:
         """Return the penalties of the parameters, each with the parameter's shape in the layer."""
         shape = (self.in_features, self.out_features)
-        own = {"kernel": (self.kernel_regularizer, shape)}
+        own: dict[str, tuple[Any, tuple[int, ...]]] = {"kernel": (self.kernel_regularizer, shape)}
         if self.bias is not None:
             own["bias"] = (self.bias_regularizer, shape[1:])
         return {name: (p, shape) for name, (p, shape) in own.items() if p is not None}
