@@ -10,8 +10,12 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+# PyTorch's threads would spin on while another is timed.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 from tqdm import tqdm
 

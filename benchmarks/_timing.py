@@ -1,5 +1,6 @@
 """Times that compare: several functions, interleaved in one process."""
 
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +8,39 @@ from typing import Any
 import jax
 import numpy as np
 
+SHORTEST = 0.05
+"""The least seconds that a function is run for in a round."""
+
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Run every function once a round, in turn, so that load on the machine falls on all alike.
+    """Run every function in each round, so that load on the machine falls on all alike.
+
+    Their order is drawn anew for each round: what one leaves behind (a warm cache, threads that
+    still spin) then falls on all alike, too.
 
     Args:
         functions: by name; each is called without arguments, and what it returns is waited for.
-        rounds: how many rounds are timed, after one that is not.
+        rounds: how many rounds are timed, after two calls of each that are not.
 
     Returns:
-        For each name the seconds of each round.
+        For each name the seconds of a call, in each round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for timed in range(-1, rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
+
+    def run(function: Callable[[], Any], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
             jax.block_until_ready(function())
-            if timed >= 0:
-                seconds[name].append(time.perf_counter() - start)
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, function in functions.items():
+        run(function, 1)
+        calls[name] = max(1, round(SHORTEST / run(function, 1)))
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name in order.sample(list(functions), len(functions)):
+            seconds[name].append(run(functions[name], calls[name]))
     return seconds
 
 

@@ -116,7 +116,7 @@ def rows(smoke: bool, rounds: int) -> Iterator[Row]:
         together = jax.jit(jax.vmap(ours(x, y, lipschitz), (0, None)))
         path = {
             "jaxreg": lambda: together(strengths, tolerances["jaxreg.fista"]),
-            "scikit-learn": lambda: lasso_path(x, y, alphas=strengths, tol=1e-6),
+            "scikit-learn": lambda: lasso_path(x, y, alphas=strengths, tol=1e-6, max_iter=100_000),
         }
         np.testing.assert_allclose(path["jaxreg"](), path["scikit-learn"]()[1].T, atol=1e-2)
         seconds = interleaved(path, rounds)

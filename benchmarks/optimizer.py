@@ -120,7 +120,8 @@ def compile_cost(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
         leaf = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
         params = {f"layer_{i}": leaf for i in range(count)}
         times: dict[str, list[float]] = {"without": [], "kernel": [], "leaf by leaf": []}
-        for _ in range(rounds):
+        # A thousand leaves take half a minute.
+        for _ in range(rounds if count < 1000 else 1):
             for name, penalty in zip(times, (None, l2, leaf_by_leaf), strict=True):
                 times[name].append(seconds(penalty, params))
         what = f"trace and compile, {count:,} leaves"
@@ -187,7 +188,7 @@ def sweep(model: str, count: int, steps: int, rounds: int) -> dict[str, float]:
 def rows(smoke: bool, rounds: int) -> Iterator[Row]:
     """Yield the ratios."""
     yield from step_cost(40_000 if smoke else 10**8, rounds)
-    yield from compile_cost((10,) if smoke else (10, 100, 1000), min(rounds, 5))
+    yield from compile_cost((10,) if smoke else (10, 100, 1000), min(rounds, 3))
     for model in MODELS:
         ratio = sweep(model, 64, 5 if smoke else 300, rounds)
         yield Row(f"64 strengths, {model}: one vmap ÷ one by one", ratio, "≤ 0.25")

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# One worker makes what the tests of this module share.
+pytestmark = pytest.mark.xdist_group("examples")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 Rows = dict[tuple[str, float], dict[str, float]]

@@ -13,6 +13,10 @@ from ._programs import assert_all_close
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
 
 
+# One worker makes what the tests of this module share.
+pytestmark = pytest.mark.xdist_group("docs of scale")
+
+
 @pytest.fixture(scope="module")
 def after() -> list[dict[str, Any]]:
     """Return what the names of the page stand for after each of its blocks."""
