@@ -278,10 +278,10 @@ def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
 
 
 def _placeholder(penalty: Penalty, measurement: Any) -> Any:
-    """Return the shapes of a measurement, without what belongs to the trace that it was made in."""
+    """Return the types of a measurement, without what belongs to the trace that it was made in."""
     if isinstance(measurement, Parameter):
         return dataclasses.replace(measurement, penalty=penalty)
-    moments, count = jax.eval_shape(lambda: (measurement.moments, measurement.count))
+    moments, count = jax.tree.map(jax.typeof, (measurement.moments, measurement.count))
     penalty = penalty.with_arrays(lambda _: None)
     return dataclasses.replace(measurement, penalty=penalty, moments=moments, count=count)
 
@@ -293,9 +293,16 @@ def _empty(like: Any) -> Any:
     """
     if isinstance(like, Parameter):
         return like
-    moments, count = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.moments, like.count))
+    moments, count = jax.tree.map(_zeros, (like.moments, like.count))
     penalty = jax.tree.map(jnp.asarray, like.penalty)
     return dataclasses.replace(like, penalty=penalty, moments=moments, count=count)
+
+
+def _zeros(type_: Any) -> jax.Array:
+    """Return zeros of a type, which may vary over the shards of a `jax.shard_map`."""
+    zeros = jnp.zeros(type_.shape, type_.dtype)
+    axes = tuple(type_.manual_axis_type.varying)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros  # type: ignore[no-untyped-call]
 
 
 def _is_anothers(call: Call) -> bool:

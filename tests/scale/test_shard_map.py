@@ -267,3 +267,30 @@ def test_what_reaches_over_the_batch_is_an_error(penalty):
 def test_an_axis_that_is_not_there_is_an_error():
     with pytest.raises(NameError, match="unbound axis name: batch"):
         jr.penalize(X, jr.L1(0.1), axis_name="batch")
+
+
+class Branching(nn.Module):
+    @nn.compact
+    def __call__(self, x, taken):
+        encoder = nn.Dense(5, name="encoder")
+        encoder(x)  # its parameters are made outside of the branches
+
+        def penalized(module, x):
+            return jr.sow(module, "code", encoder(x), jr.L1(0.3))
+
+        return nn.cond(taken, penalized, lambda module, x: encoder(x), self, x)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_term_of_one_branch_only(taken):
+    model = Branching()
+    params = model.init(jax.random.key(0), X, True)
+
+    def total(x, across):
+        _, terms = jr.activity({})(model.apply)(params, x, jnp.asarray(taken))
+        return (jr.combine(terms, axis_name=BATCH) if across else terms).total
+
+    sharded = jax.jit(shard_map(partial(total, across=True), P(BATCH)))
+    whole = total(X, across=False)
+    assert (whole > 0) == taken
+    np.testing.assert_allclose(sharded(X), whole, rtol=1e-5)
