@@ -302,7 +302,7 @@ def _zeros(type_: Any) -> jax.Array:
     """Return zeros of a type, which may vary over the shards of a `jax.shard_map`."""
     zeros = jnp.zeros(type_.shape, type_.dtype)
     axes = tuple(type_.manual_axis_type.varying)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros  # type: ignore[no-untyped-call]
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _is_anothers(call: Call) -> bool:
