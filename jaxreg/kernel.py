@@ -216,7 +216,8 @@ class Kernel:
 
 
 # Compiled for a GPU, leaves up to this size with rows at least this long each take a kernel less
-# where their sums by row are added up first, and read and write at most 2 % more.
+# where their sums by row are added up first. An AdamW step then moves 0.1 % more bytes for rows of
+# 256, 2 % for rows of 16, and 4 % for rows of 8.
 _MOST_ENTRIES = 2**20
 _SHORTEST_ROW = 8
 

@@ -64,9 +64,11 @@ class Measurement:
         if self.once:
             return self
         axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        differ = _varying(self.moments)
+        differ = varying_axes(*map(jax.typeof, jax.tree.leaves(self.moments)))
         # Where JAX does not keep track (`vmap`, `check_vma=False`), not even the index differs.
-        split = tuple(a for a in axes if a in differ or not _varying(jax.lax.axis_index(a)))
+        split = tuple(
+            a for a in axes if a in differ or not varying_axes(jax.typeof(jax.lax.axis_index(a)))
+        )
         if not split:
             return self
         sums = (self.moments, self.count)
@@ -85,9 +87,11 @@ class Measurement:
             )
 
 
-def _varying(tree: Any) -> frozenset[Hashable]:
-    """Return the mesh axes along which arrays may differ, as far as `jax.shard_map` keeps track."""
-    types = (jax.typeof(leaf) for leaf in jax.tree.leaves(tree))
+def varying_axes(*types: Any) -> frozenset[Hashable]:
+    """Return the mesh axes along which arrays of these types (`jax.typeof`) may differ.
+
+    As far as `jax.shard_map` keeps track of them.
+    """
     return frozenset().union(*(getattr(type_, "manual_axis_type").varying for type_ in types))
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_axes
 
 from ._pass import Measured, Parameter, Pass, join, merge, trace
 
@@ -301,7 +302,7 @@ def _empty(like: Any) -> Any:
 def _zeros(type_: Any) -> jax.Array:
     """Return zeros of a type, which may vary over the shards of a `jax.shard_map`."""
     zeros = jnp.zeros(type_.shape, type_.dtype)
-    axes = tuple(type_.manual_axis_type.varying)
+    axes = tuple(varying_axes(type_))
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, Statistic, squared_modulus
+from ._arithmetic import squared_modulus
+from ._base import Penalty, Statistic
 from ._checks import check_broadcasts
 from ._fields import ArrayOrTree, array, positive, static
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ._arithmetic import divide, modulus, real_dtype, squared_modulus
 from ._axes import check_axes, vector_axes
-from ._base import Penalty, divide, modulus, real_dtype, squared_modulus
+from ._base import Penalty
 from ._fields import setting, static
 from ._separable import soft_threshold
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from ._arithmetic import modulus
 from ._axes import batch_axes
-from ._base import modulus
 from ._group import Grouped, _size, _squares
 
 

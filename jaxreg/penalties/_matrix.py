@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ._arithmetic import modulus
 from ._axes import as_matrices, batch_axes, check_axes
-from ._base import Penalty, modulus
+from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import static
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Separable, modulus
+from ._arithmetic import modulus
+from ._base import Separable
 from ._fields import positive, setting
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, Separable, divide, modulus, squared_modulus
+from ._arithmetic import divide, modulus, squared_modulus
+from ._base import Penalty, Separable
 
 
 class L1(Separable):

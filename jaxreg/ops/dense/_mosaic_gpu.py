@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from jaxreg.ops._epilogue import Epilogue, NotElementwise, elementwise, epilogue, evaluate
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_axes
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
 
@@ -151,15 +152,10 @@ def varying_as(outs: Any, operands: Any) -> Any:
 
     Pallas does not; what is computed with them would be refused.
     """
-
-    def axes(array: Any) -> frozenset[Any]:
-        found: Any = jax.typeof(array).manual_axis_type  # type: ignore[attr-defined, unused-ignore]
-        return frozenset(found.varying)
-
-    wanted = frozenset[Any]().union(*map(axes, operands))
+    wanted = varying_axes(*map(jax.typeof, operands))
 
     def mark(out: Any) -> Any:
-        missing = tuple(wanted - axes(out))
+        missing = tuple(wanted - varying_axes(jax.typeof(out)))
         return lax.pcast(out, missing, to="varying") if missing else out
 
     return jax.tree.map(mark, outs)
