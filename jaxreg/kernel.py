@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import flax.core
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.penalties import Constraint, Penalty
 from jaxreg.rules import TOP, Rules, names
+from jaxreg.terms import AxisName, is_tracked, split_axes
 
 
 def kernel(
@@ -75,11 +76,15 @@ class Kernel:
 
     rules: Rules
 
-    def __call__(self, params: Any) -> jax.Array:
+    def __call__(self, params: Any, *, axis_name: AxisName | None = None) -> jax.Array:
         """Return the sum of the penalties of all leaves.
 
         Args:
             params: a pytree of arrays.
+            axis_name: the axis or axes of a surrounding `jax.shard_map` that split some of the
+                leaves, each along any of its axes. The value is then that of the whole leaves, the
+                same on every shard, and its gradient each shard's part. Leaves that JAX knows to be
+                the same on every shard count once.
 
         Returns:
             A scalar in float32, or in float64 where a penalized leaf is float64. 0 for an empty
@@ -87,7 +92,9 @@ class Kernel:
 
         Raises:
             ValueError: for a rule that wins nothing (unless `strict=False`), or a leaf whose rank
-                or axes its penalty cannot take.
+                or axes its penalty cannot take; with `axis_name`, for a leaf that is split whose
+                penalty is not a sum over single entries, and where JAX does not know which leaves
+                are split (`check_vma=False`).
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
                 leaf whose penalty has no modulus.
         """
@@ -97,12 +104,13 @@ class Kernel:
             if not leaf.penalty:
                 continue
             x = leaf.penalty.prepare(leaf.value, leaf.path)
+            split = () if axis_name is None else _split(leaf.penalty, x, axis_name, leaf.path)
             if leaf.penalty.entrywise and _has_numbers(leaf.penalty) and _is_small(x):
-                alike.setdefault((leaf.penalty, jax.typeof(x)), []).append(x)
+                alike.setdefault((leaf.penalty, split, jax.typeof(x)), []).append(x)
             else:
-                total += leaf.penalty(x)
-        for (penalty, _), leaves in alike.items():
-            total += penalty.finish(_moments_of_all(penalty, leaves), None)
+                total += _finish(leaf.penalty, leaf.penalty.moments(x), split)
+        for (penalty, split, _), leaves in alike.items():
+            total += _finish(penalty, _moments_of_all(penalty, leaves), split)
         return total
 
     def values(self, params: Any) -> dict[str, jax.Array]:
@@ -238,6 +246,31 @@ def _moments_of_all(penalty: Penalty, leaves: list[jax.Array]) -> Any:
         moments = jax.vmap(moments)
     by_row = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), map(moments, leaves))
     return jax.tree.map(jnp.sum, by_row)
+
+
+def _split(penalty: Penalty, x: jax.Array, axis_name: AxisName, path: str) -> tuple[Hashable, ...]:
+    """Return those of a `shard_map`'s axes that split a leaf, or raise if parts do not add up."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(map(is_tracked, axes)):
+        raise ValueError(
+            f"A `jaxreg.kernel` with axis_name={axis_name!r} must know which leaves are split:"
+            " use it inside a `jax.shard_map` with `check_vma=True`, or on whole arrays beside it."
+        )
+    split = split_axes(x, axes)
+    if split and not penalty.entrywise:
+        raise ValueError(
+            f'`jaxreg.kernel` cannot add up parts of "{path}", which differs along the mesh axes'
+            f" {split}: {type(penalty).__name__} is no sum over single entries. Call the kernel on"
+            " whole arrays, beside the `jax.shard_map` in the same `jit`; along a leading axis"
+            ' `jaxreg.penalize(..., reduction="sum", axis_name=...)` adds up groups.'
+        )
+    return split
+
+
+def _finish(penalty: Penalty, moments: Any, split: tuple[Hashable, ...]) -> jax.Array:
+    if split:
+        moments = jax.lax.psum(moments, split)  # type: ignore[no-untyped-call]
+    return penalty.finish(moments, None)
 
 
 class _Shape:

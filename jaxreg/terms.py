@@ -63,12 +63,7 @@ class Measurement:
         """Return the measurement of all shards together; see `combine`."""
         if self.once:
             return self
-        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        differ = varying_axes(*map(jax.typeof, jax.tree.leaves(self.moments)))
-        # Where JAX does not keep track (`vmap`, `check_vma=False`), not even the index differs.
-        split = tuple(
-            a for a in axes if a in differ or not varying_axes(jax.typeof(jax.lax.axis_index(a)))
-        )
+        split = split_axes(self.moments, axis_name)
         if not split:
             return self
         sums = (self.moments, self.count)
@@ -93,6 +88,21 @@ def varying_axes(*types: Any) -> frozenset[Hashable]:
     As far as `jax.shard_map` keeps track of them.
     """
     return frozenset().union(*(getattr(type_, "manual_axis_type").varying for type_ in types))
+
+
+def split_axes(tree: Any, axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Return those of the axes along which arrays may differ, as far as JAX keeps track of them."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    differ = varying_axes(*map(jax.typeof, jax.tree.leaves(tree)))
+    return tuple(axis for axis in axes if axis in differ or not is_tracked(axis))
+
+
+def is_tracked(axis: Hashable) -> bool:
+    """Return whether JAX keeps track of what differs along an axis.
+
+    It does not under `jax.vmap` and `check_vma=False`: not even the index differs there.
+    """
+    return bool(varying_axes(jax.typeof(jax.lax.axis_index(axis))))
 
 
 def _finish(measurement: Measurement) -> jax.Array:

@@ -198,15 +198,14 @@ class Calls:
         """
         assert call.module is not None
         known = self._branches.setdefault(join(*call.module.path), {})
-        for path, calls in measured.items():
-            if len(calls) > len(known.get(path, ())):
-                known[path] = tuple(_placeholder(run.penalized[path], m) for m in calls)
-                self._grown = True
-        absent = {
-            path: tuple(map(_empty, calls[len(measured.get(path, ())) :]))
-            for path, calls in known.items()
-        }
-        return {path: measured.get(path, ()) + absent[path] for path in known}
+        filled: Measured = {}
+        for path in {**known, **measured}:
+            calls, slots = list(measured.get(path, ())), known.get(path, ())
+            filled[path] = (*[_take(calls, slot) for slot in slots], *calls)
+            penalties = run.penalized.get(path, {})
+            known[path] = (*slots, *[_placeholder(penalties, call) for call in calls])
+            self._grown = self._grown or bool(calls)
+        return filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,25 +277,40 @@ def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
     return rest, measured
 
 
-def _placeholder(penalty: Penalty, measurement: Any) -> Any:
+def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> Any:
     """Return the types of a measurement, without what belongs to the trace that it was made in."""
-    if isinstance(measurement, Parameter):
-        return dataclasses.replace(measurement, penalty=penalty)
-    moments, count = jax.tree.map(jax.typeof, (measurement.moments, measurement.count))
-    penalty = penalty.with_arrays(lambda _: None)
-    return dataclasses.replace(measurement, penalty=penalty, moments=moments, count=count)
+    if isinstance(measured, Parameter):
+        penalty = penalties[jax.tree.structure(measured.penalty)]
+        return dataclasses.replace(measured, penalty=penalty)
+    moments, count = jax.tree.map(jax.typeof, (measured.moments, measured.count))
+    bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
+    by_structure = {jax.tree.structure(penalty): penalty for penalty in bare}
+    penalty = by_structure[jax.tree.structure(measured.penalty)]
+    return dataclasses.replace(measured, penalty=penalty, moments=moments, count=count)
 
 
-def _empty(like: Any) -> Any:
-    """Return the measurement of an empty batch, which is worth 0.
+def _take(measured: list[Any], slot: Any) -> Any:
+    """Take out the first that is of a placeholder's type, or return one of an empty batch.
 
-    A parameter's penalty does not depend on the branch.
+    That is worth 0. A parameter's penalty does not depend on the branch.
     """
-    if isinstance(like, Parameter):
-        return like
-    moments, count = jax.tree.map(_zeros, (like.moments, like.count))
-    penalty = jax.tree.map(jnp.asarray, like.penalty)
-    return dataclasses.replace(like, penalty=penalty, moments=moments, count=count)
+    for i, call in enumerate(measured):
+        if _type(call) == _type(slot):
+            return measured.pop(i)
+    if isinstance(slot, Parameter):
+        return slot
+    moments, count = jax.tree.map(_zeros, (slot.moments, slot.count))
+    penalty = jax.tree.map(jnp.asarray, slot.penalty)
+    return dataclasses.replace(slot, penalty=penalty, moments=moments, count=count)
+
+
+def _type(measured: Any) -> tuple[Any, ...]:
+    """Return what two measurements share that can stand for each other in the branches."""
+    if isinstance(measured, Parameter):
+        return (jax.tree.structure(measured),)
+    sums = jax.tree.leaves((measured.moments, measured.count))
+    types = [x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x) for x in sums]
+    return (jax.tree.structure(measured), *types)
 
 
 def _zeros(type_: Any) -> jax.Array:

@@ -66,7 +66,7 @@ class Pass:
         carry: called with a module and what was measured in it.
         seen: the paths of the modules and values met, in order, to which more are added.
         initializing: whether a module was met that was being initialized: those collect nothing.
-        penalized: the penalty of each path that was measured.
+        penalized: the penalties of each path that was measured, by their structure.
         prefix: the path of the module that all paths are below.
     """
 
@@ -77,7 +77,7 @@ class Pass:
     carry: Callable[[Any, Measured], None]
     seen: dict[str, None] = dataclasses.field(default_factory=dict)
     initializing: bool = False
-    penalized: dict[str, Penalty] = dataclasses.field(default_factory=dict)
+    penalized: dict[str, dict[Any, Penalty]] = dataclasses.field(default_factory=dict)
     prefix: str = TOP
 
     def penalty(self, path: str, default: Penalty | None = None) -> Penalty | None:
@@ -116,7 +116,7 @@ class Pass:
 
     def keep(self, module: Any, path: str, penalty: Penalty, *calls: Any) -> None:
         """Carry what was measured by a penalty at a path."""
-        self.penalized[path] = penalty
+        self.penalized.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         self.carry(module, {path: calls})
 
     def finish(self, measured: Measured) -> Measured:

@@ -744,6 +744,41 @@ def test_the_branch_that_is_not_taken_is_worth_nothing():
         chex.assert_trees_all_close(jr.combine(order).as_dict(), expected, rtol=1e-5)
 
 
+def sown(penalty, name="code"):
+    return lambda module, x: jr.sow(module, name, nn.sigmoid(x), penalty).sum()
+
+
+def test_branches_sow_different_penalties_under_one_name():
+    """Also twice, and under a name that is sown outside of them."""
+    statistic, groups = jr.KLSparsity(1.0, target=0.3), jr.L1(0.5) + jr.GroupLasso(0.1)
+    penalties: list[jr.Penalty] = [statistic, groups, jr.L1(0.1), jr.L1(0.2)]
+    branches: list[Any] = [*map(sown, penalties), head("a")]
+
+    def model(i):
+        def pick(module, x):
+            first = sown(jr.L1(0.4))(module, x) + nn.cond(i > 1, *branches[1:3], module, x)
+            return first + nn.switch(i, branches, module, x)
+
+        return Branches(pick)
+
+    variables = Heads().init(KEY, X, method=lambda module, x: module.a(x))
+    terms = jax.jit(lambda i: jr.activity({})(model(i).apply)(variables, X)[1])
+    values = [jr.penalize(nn.sigmoid(X), penalty) for penalty in penalties]
+    for i, value in enumerate([*values, jnp.zeros(())]):
+        expected = 4 * values[2] + values[1 if i > 1 else 2] + value
+        np.testing.assert_allclose(terms(i)["code"], expected, rtol=1e-5)
+
+
+def test_a_strength_that_is_made_inside_of_a_branch_is_an_error_of_jax():
+    def learned(module, x):
+        return sown(jr.L1(jnp.mean(x) ** 2))(module, x)
+
+    model = Branches(lambda module, x: nn.cond(FLAGS[0], learned, head("b"), module, x))
+    forward = jax.jit(lambda v: jr.activity({})(model.apply)(v, X)[1].total)
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        forward(model.init(KEY, X))
+
+
 def test_an_error_of_the_models_own_in_a_branch_is_the_models():
     def broken(module, x):
         raise RuntimeError("from the model")

@@ -209,12 +209,32 @@ def test_a_kernel_beside_the_shard_map_is_partitioned_whatever_the_split():
     assert all(e.kind == "all-reduce" and e.entries <= 8 for e in exchanges(compiled))
 
 
+def test_a_kernel_inside_adds_up_what_is_split():
+    specs = {"a": P("model", "data"), "b": P(None, "data"), "c": P(BATCH), "d": SAME, "e": SAME}
+    params = {name: RNG.normal(size=(8, 8)).astype(np.float32) for name in specs}
+    rules = {"[abc]": jr.L1(0.2) + jr.L2(0.1), "d": jr.L2(0.3), "e": jr.GroupLasso(0.1)}
+    kernel = jr.kernel(rules)
+
+    def loss(params, **axis_name):
+        return kernel(params, **axis_name) ** 2
+
+    sharded = shard_map(
+        jax.value_and_grad(partial(loss, axis_name=BATCH)), specs, out_specs=(SAME, specs)
+    )
+    assert_all_close(sharded(params), jax.jit(jax.value_and_grad(loss))(params))
+
+
 def test_a_part_of_a_kernel_is_no_penalty_of_the_whole():
-    kernel = jr.kernel(jr.L2(0.1))
+    params = {"kernel": X[0]}
     with pytest.raises(ValueError, match="out_specs"):
-        shard_map(kernel, P("data"))({"kernel": X[0]})
-    by_hand = shard_map(lambda params: jax.lax.psum(kernel(params), "data"), P("data"))
-    np.testing.assert_allclose(by_hand({"kernel": X[0]}), kernel({"kernel": X[0]}), rtol=1e-6)
+        shard_map(jr.kernel(jr.L2(0.1)), P("data"))(params)
+    of_groups = partial(jr.kernel(jr.GroupLasso(0.1)), axis_name=BATCH)
+    with pytest.raises(ValueError, match=r'parts of "kernel".*\(\'data\',\): GroupLasso is no sum'):
+        shard_map(of_groups, P("data"))(params)
+    of_entries = partial(jr.kernel(jr.L2(0.1)), axis_name="data")
+    unchecked = partial(jax.shard_map, mesh=MESH, out_specs=SAME, check_vma=False)
+    with pytest.raises(ValueError, match="must know which leaves are split"):
+        jax.jit(unchecked(of_entries, in_specs=P("data")))(params)
 
 
 class Sharded(nn.Module):
