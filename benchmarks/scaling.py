@@ -1,10 +1,10 @@
 """How the cost of a penalty grows with leaves, sites, parameters, devices and strengths.
 
 Each point is a step with a penalty ÷ without. Leaves: SGD of kernels of 64 entries, one operation a
-leaf, with an L2 in the loss: its run time, and its time to trace and compile. Sites: the gradient of a stack of narrow
-dense layers with an L1 of every output. Parameters: AdamW with a coupled L2, in four leaves.
-Devices: the MLP's step with its batch over CPU devices, which share the cores. Strengths: a linear
-lasso trained by one vmap ÷ trainings one by one.
+leaf, with an L2 in the loss: its run time, and its time to trace and compile. Sites: the gradient
+of a stack of narrow dense layers with an L1 of every output. Parameters: AdamW with a coupled L2,
+in four leaves. Devices: the MLP's step with its batch over CPU devices, which share the cores.
+Strengths: a linear lasso trained by one vmap ÷ trainings one by one.
 """
 
 import json
