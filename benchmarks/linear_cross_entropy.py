@@ -164,7 +164,7 @@ def growth(shape: Shape, chunk: int) -> Iterator[Row]:
 
 def rows(smoke: bool, rounds: int) -> Iterator[Row]:
     """Yield the ratios."""
-    shape, chunk = (SMOKE, 8) if smoke else (TIMED, 256)
+    shape, chunk = (SMOKE, 8) if smoke else (TIMED, 512)
     yield from timed(shape, chunk, rounds)
     yield from growth(shape, chunk)
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxreg.penalties._checks import require
+from jaxreg.penalties._checks import require, require_real
+from jaxreg.terms import AxisName
 
 from . import _check as check
 from . import _chunked, _reference
 from ._check import NAME
 from ._cross_entropy import CrossEntropy
 from ._forward import Forward, LinearCrossEntropy, Problem, on_mesh
-from ._sharding import AxisName, explicit
+from ._sharding import explicit
 
 
 def linear_cross_entropy(
@@ -33,8 +34,8 @@ def linear_cross_entropy(
     chunk: int | None = None,
     dtype: DTypeLike | None = None,
     gradient_dtype: DTypeLike | None = None,
-    batch_axis_name: AxisName = None,
-    vocab_axis_name: AxisName = None,
+    batch_axis_name: AxisName | None = None,
+    vocab_axis_name: AxisName | None = None,
     implementation: Literal["chunked", "reference"] | None = None,
 ) -> LinearCrossEntropy:
     r"""Return the cross-entropy and the z-loss of a linear layer's logits, which are never held.
@@ -112,10 +113,11 @@ def linear_cross_entropy(
         architecture, CVPR, arXiv:1512.00567, 2016 (smoothing). Gemma team, Gemma 2,
         arXiv:2408.00118, 2024 (the soft cap).
     """
-    hidden, weight = check.real("hidden", hidden), check.real("weight", weight)
+    hidden = require_real(NAME, "hidden", hidden)
+    weight = require_real(NAME, "weight", weight)
     labels = check.labels(labels, hidden)
     words = check.words(hidden, weight, layout)
-    bias = None if bias is None else check.real("bias", bias)
+    bias = None if bias is None else require_real(NAME, "bias", bias)
     block = weight.shape[words]
     if bias is not None and bias.shape != (block,):
         raise ValueError(

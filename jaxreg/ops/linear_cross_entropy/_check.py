@@ -49,15 +49,6 @@ def token_weights(
     return jnp.where(outside, jnp.nan, jnp.where(ignored, 0, w))
 
 
-def real(argument: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"`jaxreg.{NAME}({argument}=...)` must be real floating-point; got {array.dtype}."
-        )
-    return array
-
-
 def floating(argument: str, dtype: DTypeLike | None) -> None:
     """Raise unless the dtype is a floating-point one, or None."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):

@@ -23,7 +23,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from ._sharding import AxisName, psum
+from jaxreg.terms import AxisName
+
+from ._sharding import psum
 
 LOGITS = 2**27
 """How many logits a chunk holds at most if its size is not given: 512 MiB of float32."""
@@ -54,7 +56,7 @@ class OfLogits(Protocol):
     """A function of each token's logits."""
 
     @property
-    def vocab_axis_name(self) -> AxisName:
+    def vocab_axis_name(self) -> AxisName | None:
         """The mesh axes that the words are split over."""
 
     def __call__(self, logits: jax.Array, data: Data) -> Outcome:
@@ -81,6 +83,19 @@ class Settings:
     def product(self, hidden: jax.Array, weight: jax.Array, out: DTypeLike) -> jax.Array:
         """Return hidden times weight, (tokens, words)."""
         return _product(hidden, weight, 1, 1 - self.words, out)
+
+    def by_hidden(self, slope: jax.Array, weight: jax.Array) -> jax.Array:
+        """Return the gradient by the hidden states, given that by the logits."""
+        return _product(slope, weight, 1, self.words, self.wide)
+
+    def by_weight(self, hidden: jax.Array, slope: jax.Array) -> jax.Array:
+        """Return the gradient by the weight, given that by the logits."""
+        if self.words == 0:
+            return _product(slope, hidden, 0, 0, self.wide)
+        # XLA for the CPU is slower, and copies the slope, where the first factor is to be
+        # transposed. Without the barrier it would drop the transposed copy for that.
+        transposed = lax.optimization_barrier(hidden.T)  # type: ignore[no-untyped-call]
+        return _product(transposed, slope, 1, 0, self.wide)
 
     def cap(self, logits: jax.Array) -> jax.Array:
         """Return the logits within ± the soft cap."""
@@ -208,14 +223,12 @@ def _sweep(
         narrow = gradient.astype(settings.dtype)
         by_weight, by_bias = sums
         if of_weight:
-            rows, columns = (h, narrow) if settings.words == 1 else (narrow, h)
-            by_weight += _product(rows, columns, 0, 0, settings.wide).astype(by_weight.dtype)
+            by_weight += settings.by_weight(h, narrow).astype(by_weight.dtype)
         if by_bias is not None:
             by_bias += jnp.sum(gradient, axis=0)
         by_hidden = None
         if of_hidden:
-            by_hidden = _product(narrow, cast, 1, settings.words, settings.wide)
-            by_hidden = by_hidden.astype(settings.dtype)
+            by_hidden = settings.by_hidden(narrow, cast).astype(settings.dtype)
         return (by_weight, by_bias), (values, by_hidden)
 
     inputs = hidden, data, coefficients

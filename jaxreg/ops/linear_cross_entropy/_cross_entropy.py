@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._sharding import AxisName, psum
+from jaxreg.terms import AxisName
+
+from ._sharding import psum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,44 +20,46 @@ class CrossEntropy:
     """
 
     label_smoothing: float
-    vocab_axis_name: AxisName
+    vocab_axis_name: AxisName | None
 
     def __call__(self, logits: jax.Array, data: jax.Array) -> "Outcome":
         labels, name = data[:, None], self.vocab_axis_name
         block = vocabulary = logits.shape[-1]
-        # Zeros and indices that do not come from the chunk would be an array of its size, which
-        # the differentiation of a scan computes before it, and keeps.
-        zero = 0 * labels
-        words = jnp.arange(block) + zero[0]
         largest = lax.stop_gradient(jnp.max(logits, axis=-1))
         if name is not None:
-            words += block * lax.axis_index(name)
+            labels -= block * lax.axis_index(name)
             vocabulary *= lax.axis_size(name)
             largest = lax.pmax(largest, name)  # type: ignore[no-untyped-call]
         # All logits -inf: log 0 is -inf, and -inf less itself would be NaN.
         largest = jnp.where(largest == -jnp.inf, 0, largest)
         shifted = logits - largest[:, None]
 
-        is_label = words == labels
+        # Indices that do not come from the chunk would be an array of its size, which the
+        # differentiation of a scan computes before it, and keeps.
+        words = jnp.arange(block) + 0 * labels[0]
+        is_here = (labels >= 0) & (labels < block)
+        # XLA for the CPU would write where(words == labels, shifted, 0) as an array.
+        at_label = jnp.take_along_axis(logits, labels, axis=-1, mode="clip") - largest[:, None]
 
         def total(x: jax.Array) -> jax.Array:
             return psum(jnp.sum(x, axis=-1), name)  # type: ignore[no-any-return]
 
         log_sum = jnp.log(total(jnp.exp(shifted)))
-        of_label = total(jnp.where(is_label, shifted, zero.astype(shifted.dtype)))
+        of_label = total(jnp.where(is_here, at_label, 0))
         target = of_label
         if self.label_smoothing:
             target = (1 - self.label_smoothing) * of_label
             target += self.label_smoothing / vocabulary * total(shifted)
-        earlier = total(((shifted == 0) & (words < labels)).astype(shifted.dtype))
-        correct = (of_label == 0) & (earlier == 0)
+        earlier = jnp.any((shifted == 0) & (words < labels), axis=-1)
+        correct = (of_label == 0) & (psum(earlier.astype(logits.dtype), name) == 0)
         lse = largest + log_sum
         return Outcome(
             terms=(log_sum - target, jnp.square(lse)),
             statistics=(lse, correct.astype(logits.dtype)),
-            # exp(logits - lse) would have the rounding error of lse.
+            # exp(logits - lse) would have the rounding error of lse. The exponentials of the sum
+            # would do for the gradient too, but then XLA for TPUs keeps them beside the logits.
             log_probabilities=shifted - log_sum[:, None],
-            is_label=is_label,
+            is_label=words == labels,
             at_label=1 - self.label_smoothing,
             elsewhere=self.label_smoothing / vocabulary,
             vocab_axis_name=name,
@@ -72,16 +76,17 @@ class Outcome:
     is_label: jax.Array
     at_label: float
     elsewhere: float
-    vocab_axis_name: AxisName
+    vocab_axis_name: AxisName | None
 
     def gradient(self, coefficients: tuple[jax.Array, ...]) -> jax.Array:
         """Return the derivative of Σ coefficient · term by the logits."""
-        by_loss, by_square = (c[:, None] for c in coefficients)
-        lse = self.statistics[0][:, None]
-        of_lse = jnp.exp(self.log_probabilities) * (by_loss + 2 * lse * by_square)
+        by_loss, by_square = coefficients
+        by_lse = by_loss + 2 * self.statistics[0] * by_square
+        by_loss = by_loss[:, None]
+        slope = jnp.exp(self.log_probabilities) * by_lse[:, None]
         if self.elsewhere:
-            of_lse -= by_loss * self.elsewhere
-        return jnp.where(self.is_label, of_lse - by_loss * self.at_label, of_lse)
+            slope -= by_loss * self.elsewhere
+        return jnp.where(self.is_label, slope - by_loss * self.at_label, slope)
 
     def tangent(self, logits: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """Return the tangents of terms and statistics, given that of the logits."""

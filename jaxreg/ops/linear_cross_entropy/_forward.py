@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxreg.terms import AxisName
+
 from . import _check, _reference
 from ._chunked import Settings
-from ._sharding import AxisName, Explicit, PartitionSpec, psum
+from ._sharding import Explicit, PartitionSpec, psum
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -51,7 +53,7 @@ class Forward:
     settings: Settings
     reduction: str
     has_z_loss: bool
-    batch_axis_name: AxisName
+    batch_axis_name: AxisName | None
     compute: Any  # the module that computes it
 
     def __call__(self, problem: Problem) -> LinearCrossEntropy:

@@ -6,12 +6,12 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding
 
-AxisName = str | tuple[str, ...] | None
+from jaxreg.terms import AxisName
 
 PartitionSpec: Any = jax.sharding.PartitionSpec
 
 
-def psum(x: Any, axis_name: AxisName) -> Any:
+def psum(x: Any, axis_name: AxisName | None) -> Any:
     """Return the sum over the devices along these mesh axes."""
     return x if axis_name is None else lax.psum(x, axis_name)  # type: ignore[no-untyped-call]
 

@@ -86,14 +86,31 @@ def test_recomputation_keeps_no_logits():
     assert program.memory_analysis().temp_size_in_bytes < TOKENS * WORDS * 4
 
 
-def test_no_array_of_a_chunk_is_carried_through_the_loop():
+@pytest.fixture(scope="module")
+def text():
+    """Return a program's text, without its comments."""
+    program = compiled(lambda r: r.total, z_loss=1e-4, label_smoothing=0.1, chunk=64)
+    return re.sub(r"/\*.*?\*/", "", program.as_text())
+
+
+def test_no_array_of_a_chunk_is_carried_through_the_loop(text):
     """Not even one of zeros or of indices: each would be as large as the logits."""
-    text = compiled(lambda r: r.total, z_loss=1e-4, label_smoothing=0.1, chunk=64).as_text()
-    loops = re.findall(r"= \(([^=]*?)\) while\(", re.sub(r"/\*.*?\*/", "", text))
+    loops = re.findall(r"= \(([^=]*?)\) while\(", text)
     assert loops
     for loop in loops:
         assert f"[{FEATURES},{WORDS}]" in loop
         assert f"[64,{WORDS}]" not in loop
+
+
+def test_arrays_of_a_chunk_are_the_logits_these_shifted_and_their_gradient(text):
+    """Not one that holds the label's logit, and zeros elsewhere."""
+    assert len(re.findall(rf"= f32\[64,{WORDS}\]\S* fusion\(", text)) == 3
+
+
+def test_no_product_transposes_its_first_factor(text):
+    """XLA for the CPU would copy the second in each chunk, which is as large as the logits."""
+    assert "lhs_contracting_dims={1}" in text
+    assert "lhs_contracting_dims={0}" not in text
 
 
 @pytest.mark.parametrize(
