@@ -2,8 +2,8 @@
 
 Checks every number against float64 before it times anything; then times, interleaved in one
 process, the sparse autoencoder's step, a dense layer, its product alone, AdamW with and without a
-penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. The kernel of
-`jaxreg.ops.dense` takes a Hopper GPU; on others it times XLA alone and says so.
+penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. The kernels of
+`jaxreg.ops` take a Hopper GPU; on others it times XLA alone and says so.
 
 Run:
     python -m benchmarks.gpu [--rounds N] [--smoke]
@@ -49,12 +49,15 @@ def autoencoder(
 ) -> jax.Array:
     """Return the loss of a sparse autoencoder."""
     if penalty is None:
-        h, value = jax.nn.relu(x @ w + b), jnp.float32(0)
+        y, value = jax.nn.relu(x @ w + b) @ v + c, jnp.float32(0)
     else:
-        h, value = jr.ops.dense(
-            x, w, b, activation=jax.nn.relu, penalty=penalty, implementation=implementation
+        y, _, value = jr.ops.mlp(
+            *(x, w, b, v, c),
+            activation=jax.nn.relu,
+            penalty=penalty,
+            implementation=implementation,
         )
-    return jnp.mean(jnp.square((h @ v + c - x).astype(jnp.float32))) + value
+    return jnp.mean(jnp.square((y - x).astype(jnp.float32))) + value
 
 
 def layer(x: Any, w: Any, b: Any, *, penalty: Any, implementation: str | None) -> Any:

@@ -3,3 +3,4 @@
 from .dense import dense as dense
 from .linear_cross_entropy import LinearCrossEntropy as LinearCrossEntropy
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .mlp import mlp as mlp

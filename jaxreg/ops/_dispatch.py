@@ -41,12 +41,12 @@ def only_on(
 ) -> Callable[..., Any]:
     """Return the function, which raises where it is lowered for a platform other than these."""
 
-    def dispatched(*operands: jax.Array) -> Any:
+    def dispatched(*operands: Any) -> Any:
         shapes, tree = jax.tree.flatten(jax.eval_shape(run, *operands))
 
-        def refuse(*operands: jax.Array) -> Any:
+        def refuse(*operands: Any) -> Any:
             outs = _refuse.bind(
-                *operands,
+                *jax.tree.leaves(operands),
                 shapes=tuple((s.shape, s.dtype) for s in shapes),
                 op=op,
                 implementation=implementation,
