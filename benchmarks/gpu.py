@@ -6,12 +6,16 @@ penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed
 `jaxreg.ops` take a Hopper GPU; on others it times XLA alone and says so.
 
 Run:
-    python -m benchmarks.gpu [--rounds N] [--smoke]
+    python -m benchmarks.gpu [--rounds N] [--smoke] [--tune FILE]
+
+With `--tune` the kernels take the fastest of up to 24 tilings of each shape, which the file then
+keeps. In `jaxreg/ops/tuned.json` it decides what `implementation=None` runs.
 
 Writes `benchmarks/results/gpu-NAME.json`, where NAME is the device's, and prints the table.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -198,7 +202,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="see `jaxreg.ops.tuned`")
     options = parser.parse_args()
+    tuning = contextlib.nullcontext()
+    if options.tune:
+        tuning = jr.ops.tuned(options.tune, measure=True)
+    with tuning:
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.smoke:
         sys.exit(

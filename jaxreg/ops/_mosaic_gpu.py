@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxreg.ops._epilogue import Over
 from jaxreg.terms import varying_axes
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
@@ -62,14 +63,21 @@ def config(m: int, n: int, k: int, arrays: int, part: int = 32) -> Config | None
         part: how many columns go through the epilogue at a time; fewer take fewer registers.
     """
     for stacked in (True, False):
-        tiles = Config(stacked, 1, part=part)
-        if m and n and k and not (m % tiles.rows or n % tiles.columns or k % _DEPTH):
-            stage = 2 * _DEPTH * (tiles.rows + tiles.columns)
-            buffers = arrays * 2 * 2 * 2 * _ROWS * part
-            # 4 KiB for the barriers and the sums' own scratch.
-            stages = (_SHARED_MEMORY - buffers - 4096) // stage
-            return dataclasses.replace(tiles, stages=min(stages, 4, k // _DEPTH))
+        for stages in (4, 3, 2, 1):
+            tiles = Config(stacked, stages, part=part)
+            if fits(tiles, m, n, k, arrays):
+                return tiles
     return None
+
+
+def fits(tiles: Config, m: int, n: int, k: int, arrays: int) -> bool:
+    """Return whether these tiles divide the product, and shared memory holds them; see `config`."""
+    divide = m and n and k and not (m % tiles.rows or n % tiles.columns or k % _DEPTH)
+    loaded = tiles.stages * 2 * _DEPTH * (tiles.rows + tiles.columns)
+    buffers = arrays * 2 * 2 * 2 * _ROWS * tiles.part
+    # 4 KiB for the barriers and the sums' own scratch.
+    held = loaded + buffers + 4096 <= _SHARED_MEMORY
+    return bool(divide) and held and tiles.stages <= k // _DEPTH
 
 
 def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.Array) -> str | None:
@@ -104,13 +112,18 @@ class Results:
 
     Args:
         stored: how many arrays of the output's shape.
-        summed: how many sums.
-        by_column: whether those are over rows, one for each column; else over columns.
+        summed: for each sum whether it is over everything, or one for each column.
+        by_column: whether the kernel adds up over rows first; else over columns.
     """
 
     stored: int
-    summed: int
+    summed: tuple[Over, ...]
     by_column: bool
+
+    def total(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the sums of arrays whose first axis is of rows, or of rows of tiles."""
+        pairs = zip(values, self.summed, strict=True)
+        return [jnp.sum(value, axis=None if over == "all" else 0) for value, over in pairs]
 
 
 Epilogue = Callable[
@@ -122,36 +135,17 @@ Epilogue = Callable[
 def product(
     x: jax.Array,
     w: jax.Array,
+    loaded: Sequence[jax.Array],
+    columns: Sequence[jax.Array],
+    scalars: Sequence[jax.Array],
     *,
     tiles: Config,
-    loaded: Sequence[jax.Array] = (),
-    columns: Sequence[jax.Array] = (),
-    scalars: Sequence[jax.Array] = (),
     epilogue: Epilogue,
     results: Results,
-    transposed: bool = False,
+    transposed: bool,
     name: str,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the arrays (m, n) that the epilogue stores, and partial sums of what it sums.
-
-    Args:
-        x: (m, k).
-        w: (k, n), or transposed (n, k).
-        tiles: the output's.
-        loaded: arrays (m, n) of x's dtype that the epilogue reads.
-        columns: arrays (n,) that it reads.
-        scalars: those that it reads.
-        epilogue: given parts of the product, of what is loaded and of the columns, all of one shape
-            and in float32 (what is loaded, in its own dtype), and the scalars, returns parts of
-            what is stored and of what is summed.
-        results: how much it returns.
-        transposed: whether it is w's transpose that x is multiplied by.
-        name: the kernel's.
-
-    Returns:
-        What is stored, in x's dtype; and for each sum an array (tiles, n) by column, else
-        (tiles, m), in float32, to be summed over the tiles.
-    """
+    """Return what the epilogue stores, and the sums of what it sums; see `ops._product`."""
     m, n = x.shape[0], w.shape[0 if transposed else 1]
     slots = (m // _ROWS, n) if results.by_column else (n // _COLUMNS, m)
     array: Any = jax.ShapeDtypeStruct
@@ -171,10 +165,10 @@ def product(
         name,
         out=(
             *[array((m, n), x.dtype)] * results.stored,
-            *[array(slots, jnp.float32)] * results.summed,
+            *[array(slots, jnp.float32)] * len(results.summed),
         ),
     )(x, w, handed, *loaded, *[column.astype(jnp.float32) for column in columns])
-    return list(outs[: results.stored]), list(outs[results.stored :])
+    return list(outs[: results.stored]), results.total(outs[results.stored :])
 
 
 def varying_as(outs: Any, operands: Any) -> Any:

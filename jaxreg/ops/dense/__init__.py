@@ -9,5 +9,6 @@ from ._reference import reference as reference
 from ._rule import instantiate as instantiate
 from ._rule import keeps_input as keeps_input
 from ._rule import layer as layer
+from ._rule import layer_wins as layer_wins
 from ._rule import product_tangent as product_tangent
 from ._rule import with_slope as with_slope

@@ -8,9 +8,9 @@ from jaxreg.ops import _dispatch
 from jaxreg.penalties import Penalty
 from jaxreg.terms import AxisName, Measurement, Reduction, check_reduction, measure
 
-from . import _mosaic_gpu
+from ._mosaic_gpu import supports
 from ._reference import Activation, reference
-from ._rule import identity, layer
+from ._rule import identity, layer, layer_wins
 
 
 def dense(
@@ -40,9 +40,10 @@ def dense(
         implementation: None and `"xla"` leave it to XLA, which on TPU measures the activation as it
             is produced, and on GPU reads it again. `"mosaic_gpu"` is a kernel for NVIDIA Hopper
             that does not: bfloat16 or float16, sizes that are multiples of its tiles, a function f
-            of single entries, and a penalty whose moments are sums of such. No measurement on such
-            a GPU is recorded yet, so that it must be asked for by name. It is not partitioned:
-            under a mesh call it inside `jax.shard_map`.
+            of single entries, and a penalty whose moments are sums of such. It is not partitioned:
+            under a mesh call it inside `jax.shard_map`. None takes it for shapes for which it is
+            recorded to be faster on the device, by `jaxreg.ops.tuned`; the package has no record
+            yet.
 
     Returns:
         The activation (..., n), of the operands' dtype, and the penalty of it, a scalar in float32
@@ -96,16 +97,17 @@ def measured(
     x, w, b = jnp.asarray(x), jnp.asarray(w), None if b is None else jnp.asarray(b)
     check("dense", penalty, x, w, b)
     check_reduction(reduction)
-    chosen = _dispatch.choose("dense", implementation, {"mosaic_gpu": _mosaic_gpu})
-    if chosen == "xla":
+    f = activation or identity
+
+    def reason() -> str | None:
+        return "it takes no mask" if mask is not None else supports(x, w, f, penalty)
+
+    kernel, asked_by = _dispatch.choose("dense", implementation, layer_wins(f, x, w), reason)
+    if not kernel:
         a = reference(x, w, b, activation)
         return a, measure(a, penalty, reduction, mask, name="a")
-    f = activation or identity
-    reason = "it takes no mask" if mask is not None else None
-    reason = reason or _mosaic_gpu.supports(x, w, f, penalty)
-    _dispatch.require("dense", chosen, reason)
     bias = jnp.zeros(w.shape[1], x.dtype) if b is None else b
-    a, _, moments = layer(f, False, x, w, bias, penalty)
+    a, _, moments = layer(f, False, asked_by, x, w, bias, penalty)
     return a, measure(a, penalty, reduction, name="a", moments=moments)
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.ops._epilogue import Epilogue, NotElementwise, elementwise, epilogue, evaluate
-from jaxreg.ops._mosaic_gpu import Results, config, product, refusal
+from jaxreg.ops._mosaic_gpu import Results, refusal
+from jaxreg.ops._product import product, sizes
 from jaxreg.penalties import Penalty
 
 
@@ -19,9 +20,8 @@ def supports(
     x: jax.Array, w: jax.Array, activation: Callable[..., Any], penalty: Penalty
 ) -> str | None:
     """Return why the kernel cannot run on these operands, or None."""
-    (k, n), m = w.shape, x.size // max(x.shape[-1], 1)
     what = ("the examples", "features", "the input's features")
-    reason = refusal(m, n, k, what, x, w)
+    reason = refusal(*sizes(x, w), what, x, w)
     if reason is not None:
         return reason
     try:
@@ -29,10 +29,15 @@ def supports(
     except NotElementwise as error:
         return f"the activation is not one that a tile can take: {error}"
     try:
-        epilogue(penalty, (*x.shape[:-1], n))
+        epilogue(penalty, (*x.shape[:-1], w.shape[1]))
     except NotElementwise as error:
         return f"`jaxreg.{type(penalty).__name__}` cannot be measured tile by tile: {error}"
     return None
+
+
+def kernel_name(keep: bool) -> str:
+    """Return what the kernel is called; `keep` as of `forward`."""
+    return "jaxreg_dense_keep" if keep else "jaxreg_dense"
 
 
 def forward(
@@ -44,6 +49,7 @@ def forward(
     activation: Callable[[jax.Array], jax.Array],
     sums: Epilogue,
     keep: bool,
+    asked_by: str | None,
 ) -> tuple[jax.Array, jax.Array | None, list[jax.Array]]:
     """Return the activation (m, n), the value before it or None, and the penalty's sums.
 
@@ -55,9 +61,8 @@ def forward(
         activation: a function of single entries.
         sums: what to sum.
         keep: whether to return the value before the activation.
+        asked_by: see `product`.
     """
-    tiles = config(x.shape[0], w.shape[1], x.shape[1], arrays=2 if keep else 1)
-    assert tiles is not None
     nodes = [node for node, _ in sums.sums]
 
     def finish(part: jax.Array, _: Any, columns: Any, scalars: Any) -> Any:
@@ -66,24 +71,20 @@ def forward(
         # What is measured is what is returned: the rounded activation.
         return (a, z) if keep else (a,), evaluate(nodes, a.astype(jnp.float32), scalars)
 
-    stored, partials = product(
+    stored, totals = product(
         x,
         w,
-        tiles=tiles,
         columns=[b],
         scalars=scalars,
         epilogue=finish,
         results=Results(
             stored=2 if keep else 1,
-            summed=len(nodes),
+            summed=tuple(over for _, over in sums.sums),
             # Sums over examples add up to sums over everything, so one direction is enough. By row
             # is less work, but its running sums are registers too many beside two stores.
             by_column=keep or any(over == "examples" for _, over in sums.sums),
         ),
-        name="jaxreg_dense",
+        name=kernel_name(keep),
+        asked_by=asked_by,
     )
-    totals = [
-        jnp.sum(partial, axis=None if over == "all" else 0)
-        for partial, (_, over) in zip(partials, sums.sums, strict=True)
-    ]
     return stored[0], stored[1] if keep else None, totals

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxreg.ops import _dispatch, _mosaic_gpu
 from jaxreg.ops._epilogue import epilogue
+from jaxreg.ops._product import wins
 from jaxreg.penalties import Penalty
 
-from ._mosaic_gpu import forward
+from ._mosaic_gpu import forward, kernel_name
 from ._reference import Activation
 
 
@@ -48,30 +48,42 @@ def with_slope(activation: Activation, kept: jax.Array) -> tuple[jax.Array, jax.
     return jax.jvp(activation, (kept,), (jnp.ones_like(kept),))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def layer_wins(activation: Activation, x: jax.Array, w: jax.Array) -> bool:
+    """Return whether the kernel is recorded to be faster than XLA on any device."""
+    return any(wins(kernel_name(keep), x, w) for keep in {False, keeps_input(activation)})
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def layer(
-    activation: Activation, keep: bool, x: jax.Array, w: jax.Array, b: jax.Array, penalty: Penalty
+    activation: Activation,
+    keep: bool,
+    asked_by: str | None,
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    penalty: Penalty,
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Return the activation, what came before it if that is to be kept, and the moments."""
     shape = (*x.shape[:-1], w.shape[1])
     sums = epilogue(penalty, shape)
-    run = _dispatch.only_on(
-        _mosaic_gpu.PLATFORMS,
-        "dense",
-        "mosaic_gpu",
-        functools.partial(forward, activation=activation, sums=sums, keep=keep),
+    a, z, totals = forward(
+        *(x.reshape(-1, x.shape[-1]), w, b, sums.scalars),
+        activation=activation,
+        sums=sums,
+        keep=keep,
+        asked_by=asked_by,
     )
-    flat = x.reshape(-1, x.shape[-1])
-    a, z, totals = _mosaic_gpu.varying_as(run(flat, w, b, sums.scalars), (x, w, b))
     return a.reshape(shape), None if z is None else z.reshape(shape), sums.moments(totals)
 
 
 @functools.partial(layer.defjvp, symbolic_zeros=True)
-def _derivative(activation: Activation, keep: bool, primals: Any, tangents: Any) -> Any:
+def _derivative(
+    activation: Activation, keep: bool, asked_by: str | None, primals: Any, tangents: Any
+) -> Any:
     """The derivative in plain JAX: reverse mode transposes it, and any further order derives it."""
     x, w, b, penalty = primals
     dx, dw, db, dpenalty = tangents
-    a, z, moments = layer(activation, keeps_input(activation), x, w, b, penalty)
+    a, z, moments = layer(activation, keeps_input(activation), asked_by, x, w, b, penalty)
     dz = product_tangent(x, dx, w, dw)
     if not isinstance(db, SymbolicZero):
         dz += db.astype(dz.dtype)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.ops import _dispatch
-from jaxreg.ops.dense import Activation, check, reference
+from jaxreg.ops.dense import Activation, check, layer_wins, reference
 from jaxreg.penalties import Penalty
 from jaxreg.terms import AxisName, Reduction, check_reduction, measure
 
-from . import _mosaic_gpu
+from ._mosaic_gpu import backward_wins, supports
 from ._rule import layers
 
 
@@ -48,8 +48,8 @@ def mlp(
         implementation: None and `"xla"` leave it to XLA. `"mosaic_gpu"` runs two kernels for NVIDIA
             Hopper: that of `jaxreg.ops.dense`, and one for the backward pass, whose matrix product
             of y's cotangent and $W_2$ ends with the penalty's gradient, f's derivative and the
-            gradient of $b_1$. It takes what that of `dense` takes, and of $W_2$ the same. It must
-            be asked for by name, as no measurement of it is recorded yet.
+            gradient of $b_1$. They take what that of `dense` takes, and of $W_2$ the same. None
+            takes each where it is recorded to be faster; see `dense`.
 
     Returns:
         y (..., m) and h (..., n), of the operands' dtype, and the penalty of h, a scalar in float32
@@ -82,16 +82,19 @@ def mlp(
     hidden = array((*x.shape[:-1], w1.shape[1]), x.dtype)
     check("mlp", penalty, hidden, w2, b2, " in the second")
     check_reduction(reduction)
-    chosen = _dispatch.choose("mlp", implementation, {"mosaic_gpu": _mosaic_gpu})
+
+    def reason() -> str | None:
+        return supports(x, w1, w2, activation, penalty)
+
+    recorded = layer_wins(activation, x, w1) or backward_wins(activation, x, w2)
+    kernel, asked_by = _dispatch.choose("mlp", implementation, recorded, reason)
     moments = None
-    if chosen == "xla":
+    if not kernel:
         h = reference(x, w1, b1, activation)
         y = reference(h, w2, b2, None)
     else:
-        reason = _mosaic_gpu.supports(x, w1, w2, activation, penalty)
-        _dispatch.require("mlp", chosen, reason)
         bias = jnp.zeros(w1.shape[1], x.dtype) if b1 is None else b1
-        y, h, moments = layers(activation, x, w1, bias, w2, penalty)
+        y, h, moments = layers(activation, asked_by, x, w1, bias, w2, penalty)
         y = y if b2 is None else y + b2
     measurement = measure(h, penalty, reduction, name="h", moments=moments)
     if axis_name is not None:

@@ -12,10 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.ops._epilogue import Gradient, NotElementwise, elementwise, evaluate, gradient
-from jaxreg.ops._mosaic_gpu import Results, config, product, refusal
+from jaxreg.ops._mosaic_gpu import Results, refusal
+from jaxreg.ops._product import product, sizes, wins
 from jaxreg.ops.dense import Activation, keeps_input, with_slope
 from jaxreg.ops.dense import supports as layer_supports
 from jaxreg.penalties import Penalty
+
+
+def _kernel_name(activation: Activation) -> str:
+    # What comes before the activation is loaded in place of its value, and takes other tiles.
+    return "jaxreg_mlp_backward" + ("_keep" if keeps_input(activation) else "")
 
 
 def supports(
@@ -25,8 +31,9 @@ def supports(
     reason = layer_supports(x, w1, activation, penalty)
     if reason is not None:
         return reason
-    (n, k), m = w2.shape, x.size // x.shape[-1]
-    reason = refusal(m, n, k, ("the examples", "hidden features", "the output's features"), x, w2)
+    m, n, _ = sizes(x, w1)
+    what = ("the examples", "hidden features", "the output's features")
+    reason = refusal(m, n, w2.shape[1], what, x, w2)
     if reason is not None:
         return reason
     shape = (*x.shape[:-1], n)
@@ -40,6 +47,19 @@ def supports(
     return None
 
 
+def backward_wins(activation: Activation, x: jax.Array, w: jax.Array) -> bool:
+    """Return whether the kernel is recorded to be faster than XLA on any device.
+
+    Args:
+        activation: a function of single entries.
+        x: the first layer's input.
+        w: the second layer's kernel.
+    """
+    array: Any = jax.ShapeDtypeStruct
+    dy = array((*x.shape[:-1], w.shape[1]), x.dtype)
+    return wins(_kernel_name(activation), dy, w, transposed=True)
+
+
 def backward(
     dy: jax.Array,
     w: jax.Array,
@@ -49,6 +69,7 @@ def backward(
     *,
     activation: Activation,
     penalty: Gradient,
+    asked_by: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cotangents (m, n) of what comes before the activation, and (n,) of the bias.
 
@@ -60,11 +81,8 @@ def backward(
         columns: the penalty's, each (n,).
         activation: a function of single entries.
         penalty: the gradient of the penalty's moments, at their cotangents.
+        asked_by: see `product`.
     """
-    # A slope that is computed anew takes registers.
-    part = 16 if keeps_input(activation) else 32
-    tiles = config(dy.shape[0], w.shape[0], dy.shape[1], arrays=2, part=part)
-    assert tiles is not None
     nodes = elementwise(functools.partial(with_slope, activation))
 
     def finish(part: jax.Array, loaded: Any, columns: Any, scalars: Any) -> Any:
@@ -73,16 +91,18 @@ def backward(
         dz = (part + own) * slope
         return (dz,), (dz,)
 
-    (dz,), (partial,) = product(
+    (dz,), (db,) = product(
         dy,
         w,
-        tiles=tiles,
         transposed=True,
         loaded=[kept],
         columns=columns,
         scalars=scalars,
         epilogue=finish,
-        results=Results(stored=1, summed=1, by_column=True),
-        name="jaxreg_mlp_backward",
+        results=Results(stored=1, summed=("examples",), by_column=True),
+        # A slope that is computed anew takes registers.
+        part=16 if keeps_input(activation) else 32,
+        name=_kernel_name(activation),
+        asked_by=asked_by,
     )
-    return dz, jnp.sum(partial, axis=0)
+    return dz, db
