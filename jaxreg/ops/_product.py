@@ -60,28 +60,26 @@ def product(
     def run(tiles: Config | None) -> Any:
         if tiles is None:
             return functools.partial(_xla, **settings)
-        return functools.partial(_mosaic_gpu.product, tiles=tiles, name=name, **settings)
+        kernel = functools.partial(_mosaic_gpu.product, tiles=tiles, name=name, **settings)
+        if asked_by is None:
+            return kernel
+        return _dispatch.only_on(_mosaic_gpu.PLATFORMS, asked_by, "mosaic_gpu", kernel)
 
     def marked(run: Any) -> Any:
         return lambda *given: _mosaic_gpu.varying_as(run(*given), given)
 
     key = _tuning.shape_class(name, m, n, k, x.dtype)
     if asked_by is not None:
-        _tuning.measure(key, functools.partial(_calls, run, operands, (m, n, k, arrays)))
+        array: Any = jax.ShapeDtypeStruct
+        shapes = jax.tree.map(lambda a: array(a.shape, a.dtype), operands)
+        _tuning.measure(key, functools.partial(_calls, run, shapes, (m, n, k, arrays)))
     tuned = {
         kind: marked(run(record.config))
         for kind, record in _tuning.known(key).items()
         if _mosaic_gpu.fits(record.config, m, n, k, arrays)
         and (asked_by is not None or record.seconds < record.xla)
     }
-    otherwise = run(None)
-    if asked_by is not None:
-        otherwise = _dispatch.only_on(
-            _mosaic_gpu.PLATFORMS,
-            asked_by,
-            "mosaic_gpu",
-            run(_mosaic_gpu.config(m, n, k, arrays, part)),
-        )
+    otherwise = run(None if asked_by is None else _mosaic_gpu.config(m, n, k, arrays, part))
     chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
     return chosen(*operands)
 
@@ -114,20 +112,9 @@ def _xla(
     return [value.astype(x.dtype) for value in stored], results.total(summed)
 
 
-def _calls(run: Any, operands: Any, shape: tuple[int, int, int, int]) -> _tuning.Calls:
-    """Return the default device's kind, and calls on arrays of the operands' shapes."""
-    # The operands may be tracers; these are not, and run now.
-    with jax.ensure_compile_time_eval():
-        arrays = jax.tree.map(lambda a: jnp.full(a.shape, 0.1, a.dtype), operands)
+def _calls(run: Any, shapes: Any, product: tuple[int, int, int, int]) -> _tuning.Calls:
+    """Return the default device's kind, and calls on arrays of these shapes."""
+    arrays = jax.tree.map(lambda a: jnp.full(a.shape, 0.1, a.dtype), shapes)
     (device,) = arrays[0].devices()
-
-    def call(tiles: Config | None) -> Any:
-        jitted = jax.jit(run(tiles))
-
-        def now() -> Any:
-            with jax.ensure_compile_time_eval():
-                return jitted(*arrays)
-
-        return now
-
-    return device.device_kind, {t: call(t) for t in (None, *_tuning.candidates(*shape))}
+    tried = (None, *_tuning.candidates(*product))
+    return device.device_kind, {t: functools.partial(jax.jit(run(t)), *arrays) for t in tried}

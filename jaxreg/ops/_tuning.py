@@ -1,5 +1,6 @@
 """Which tiles a kernel takes, and whether it wins over XLA: what was measured, kept as JSON."""
 
+import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
@@ -85,14 +86,20 @@ def measure(key: str, calls: Callable[[], Calls]) -> None:
     own = _own.get()
     if own is None or own.timer is None:
         return
+    # In a thread of its own: the function that asks is being traced, and this is to run now.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(_measure, key, calls, own.records, own.timer).result()
+
+
+def _measure(key: str, calls: Callable[[], Calls], records: Records, timer: Timer) -> None:
     kind, runs = calls()
-    if key in own.records.setdefault(kind, {}):
+    if key in records.get(kind, {}):
         return
-    seconds = {tiles: own.timer(run) for tiles, run in runs.items()}
+    seconds = {tiles: timer(run) for tiles, run in runs.items()}
     xla = seconds.pop(None)
     best = min(seconds, key=lambda tiles: seconds[tiles])
     assert best is not None
-    own.records[kind][key] = Record(best, seconds[best], xla)
+    records.setdefault(kind, {})[key] = Record(best, seconds[best], xla)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import jaxreg as jr
 from jaxreg.ops import _mosaic_gpu, _product
 from jaxreg.ops._dispatch import by_device
 from jaxreg.ops._tuning import candidates
+
+from ._interpret import interpreted, needs_kernels
 
 KIND = jax.devices()[0].device_kind
 X, W = jnp.ones((256, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.bfloat16)
@@ -91,6 +94,45 @@ def test_xla_runs_but_where_a_win_is_recorded(tmp_path, kernels, xla, wins):
     np.testing.assert_array_equal(a, (2 if wins else 1) * expected)
     np.testing.assert_allclose(value, 0.1 * 64 * 128, rtol=1e-5)
     np.testing.assert_allclose(gradient, np.full(W.shape, 0.1), rtol=1e-2)
+
+
+@needs_kernels
+def test_the_kernel_itself_runs_while_a_step_is_traced(tmp_path, monkeypatch):
+    monkeypatch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))
+    first: list[Any] = []
+
+    def timer(run):
+        if len(first) < 2:  # XLA, and one kernel: the interpreter is slow
+            with interpreted():
+                first.append(run())
+        return float(len(first))
+
+    def step(x):
+        mesh, spec = Mesh(np.array(jax.devices()[:2]), ("d",)), PartitionSpec("d")
+        layer = functools.partial(dense, axis_name="d", implementation="mosaic_gpu")
+        shards = jax.shard_map(
+            lambda x: layer(x, W)[1], mesh=mesh, in_specs=spec, out_specs=PartitionSpec()
+        )
+        return shards(x)
+
+    with jr.ops.tuned(tmp_path / "tiles.json", measure=True, timer=timer):
+        jax.jit(jax.grad(step)).trace(jnp.concatenate([X, X]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2), *first)
+
+
+def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+
+    def kernel(*operands, tiles, name, **settings):
+        return _product._xla(*operands, **settings)
+
+    monkeypatch.setattr(_mosaic_gpu, "product", kernel)
+    layer = functools.partial(dense, implementation="mosaic_gpu")
+    with (
+        pytest.raises(NotImplementedError, match="needs the platform cuda, and this is cpu"),
+        jr.ops.tuned(tmp_path / "tiles.json", measure=True),
+    ):
+        jax.jit(layer).trace(X, W)
 
 
 def test_a_file_that_is_missing_is_an_error(tmp_path):
