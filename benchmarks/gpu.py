@@ -2,16 +2,20 @@
 
 Checks every number against float64 before it times anything; then times, interleaved in one
 process, the sparse autoencoder's step, a dense layer, its product alone, AdamW with and without a
-penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. The kernel of
-`jaxreg.ops.dense` takes a Hopper GPU; on others it times XLA alone and says so.
+penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. The kernels of
+`jaxreg.ops` take a Hopper GPU; on others it times XLA alone and says so.
 
 Run:
-    python -m benchmarks.gpu [--rounds N] [--smoke]
+    python -m benchmarks.gpu [--rounds N] [--smoke] [--tune FILE]
+
+With `--tune` the kernels take the fastest of up to 24 tilings of each shape, which the file then
+keeps. In `jaxreg/ops/tuned.json` it decides what `implementation=None` runs.
 
 Writes `benchmarks/results/gpu-NAME.json`, where NAME is the device's, and prints the table.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -49,12 +53,15 @@ def autoencoder(
 ) -> jax.Array:
     """Return the loss of a sparse autoencoder."""
     if penalty is None:
-        h, value = jax.nn.relu(x @ w + b), jnp.float32(0)
+        y, value = jax.nn.relu(x @ w + b) @ v + c, jnp.float32(0)
     else:
-        h, value = jr.ops.dense(
-            x, w, b, activation=jax.nn.relu, penalty=penalty, implementation=implementation
+        y, _, value = jr.ops.mlp(
+            *(x, w, b, v, c),
+            activation=jax.nn.relu,
+            penalty=penalty,
+            implementation=implementation,
         )
-    return jnp.mean(jnp.square((h @ v + c - x).astype(jnp.float32))) + value
+    return jnp.mean(jnp.square((y - x).astype(jnp.float32))) + value
 
 
 def layer(x: Any, w: Any, b: Any, *, penalty: Any, implementation: str | None) -> Any:
@@ -195,7 +202,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="see `jaxreg.ops.tuned`")
     options = parser.parse_args()
+    tuning = contextlib.nullcontext()
+    if options.tune:
+        tuning = jr.ops.tuned(options.tune, measure=True)
+    with tuning:
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.smoke:
         sys.exit(

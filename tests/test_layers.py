@@ -231,7 +231,7 @@ def test_mlps_activate_and_penalize_all_but_the_last():
 
 def test_an_implementation_that_cannot_run_says_why():
     layer, variables = linen(4, activity_regularizer=jr.L1(0.1), implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match=r"its kernel needs JAX|must both be bfloat16"):
+    with pytest.raises(NotImplementedError, match=r"its kernel needs JAX|must all be bfloat16"):
         jr.activity({})(layer.apply)(variables, X)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import DEVICES, registers, report
-from .cases import CASES, FUSED, LARGE, SMALL, chains, fused, update
+from .cases import CASES, FUSED, LARGE, SMALL, chains, fused, fused_step, update
 
 import jax  # isort: skip
 
@@ -39,6 +39,7 @@ def main() -> None:
         rows.extend(_optimizers(device))
         if device in ("H100", "H200"):
             rows.extend(_kernels(device))
+            rows.extend(_widths(device))
     if options.json:
         options.json.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1))
 
@@ -64,22 +65,42 @@ def _optimizers(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _kernels(device: str) -> Iterator[dict[str, Any]]:
-    print("ops.dense, forward: the Hopper kernel (÷ XLA)")
-    for name in FUSED:
-        used = registers(*fused(name), device)
-        xla, ours = (
-            report(*fused(name, i), device, donate=(), touching=(8192, 16384))
-            for i in ("xla", "mosaic_gpu")
+    for what, case in (("ops.dense, forward", fused), ("ops.mlp, autoencoder's step", fused_step)):
+        print(f"{what}: the Hopper kernels (÷ XLA)")
+        for name in FUSED:
+            used = registers(*case(name), device)
+            xla, ours = (
+                report(*case(name, i), device, donate=(), touching=(8192, 16384))
+                for i in ("xla", "mosaic_gpu")
+            )
+            _show(name, ours, xla)
+            for kernel in used:
+                print(f"  {kernel.used} registers, {kernel.spilled} bytes spilled")
+            yield {
+                "device": device,
+                "fused": what,
+                "case": name,
+                "xla": xla,
+                "mosaic_gpu": ours,
+                "registers": [dataclasses.asdict(kernel) for kernel in used],
+            }
+
+
+def _widths(device: str) -> Iterator[dict[str, Any]]:
+    print("ops.mlp, autoencoder's step with ReLU and L1, by width (÷ XLA without the penalty)")
+    for width in (256, 512, 1024, 4096):
+        without, xla, ours = (
+            report(*fused_step("relu, L1", i, width), device, donate=(), touching=(8192, 16384))
+            for i in (None, "xla", "mosaic_gpu")
         )
-        _show(name, ours, xla)
-        for kernel in used:
-            print(f"  {kernel.used} registers, {kernel.spilled} bytes spilled")
+        _show(f"{width}, XLA", xla, without)
+        _show(f"{width}, kernels", ours, without)
         yield {
             "device": device,
-            "fused": name,
+            "width": width,
+            "without": without,
             "xla": xla,
             "mosaic_gpu": ours,
-            "registers": [dataclasses.asdict(kernel) for kernel in used],
         }
 
 

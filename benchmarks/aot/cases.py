@@ -183,7 +183,7 @@ FUSED: dict[str, tuple[Callable[[jax.Array], jax.Array], jr.Penalty]] = {
     "gelu, L1": (jax.nn.gelu, L1),
     "silu, Huber": (jax.nn.silu, jr.Huber(1e-3, delta=0.5)),
 }
-"""Activations and penalties that `jaxreg.ops.dense` has a kernel for."""
+"""Activations and penalties that `jaxreg.ops.dense` and `mlp` have kernels for."""
 
 
 def fused(
@@ -203,3 +203,38 @@ def fused(
 
     x, w, b = (ARRAY(s, BF16) for s in ((8192, 512), (512, 16384), (16384,)))
     return (jax.value_and_grad(loss), (w, x, b)) if gradient else (forward, (x, w, b))
+
+
+def fused_loss(
+    name: str, implementation: str | None = "mosaic_gpu", width: int = 512
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return an autoencoder's loss with its penalty, and the shapes of its arguments.
+
+    Args:
+        name: a key of `FUSED`.
+        implementation: of `jaxreg.ops.mlp`; None leaves out the penalty.
+        width: of the input.
+    """
+    activation, penalty = FUSED[name]
+
+    def loss(params: Any, x: Any) -> Any:
+        w1, b1, w2, b2 = params
+        if implementation is None:
+            y, value = activation(x @ w1 + b1) @ w2 + b2, 0.0
+        else:
+            y, _, value = jr.ops.mlp(
+                *(x, w1, b1, w2, b2),
+                activation=activation,
+                penalty=penalty,
+                implementation=implementation,
+            )
+        return jnp.mean(jnp.square((y - x).astype(jnp.float32))) + value
+
+    params = tuple(ARRAY(s, BF16) for s in ((width, 16384), (16384,), (16384, width), (width,)))
+    return loss, (params, ARRAY((8192, width), BF16))
+
+
+def fused_step(*settings: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the gradient of `fused_loss`, and the shapes of its arguments."""
+    loss, arguments = fused_loss(*settings)
+    return jax.value_and_grad(loss), arguments

@@ -5,30 +5,40 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
 
-def choose(op: str, implementation: str | None, known: Mapping[str, Any]) -> str:
-    """Return the name of the implementation to use.
+def choose(
+    op: str, implementation: str | None, wins: bool, reason: Callable[[], str | None]
+) -> tuple[bool, str | None]:
+    """Return whether kernels may run, and the op's name if they were asked for.
 
-    XLA unless another is asked for by name: no device has a recorded measurement yet that another
-    one wins.
+    Args:
+        op: the op's name.
+        implementation: as the op was given it.
+        wins: whether a kernel is recorded to be faster than XLA on any device.
+        reason: returns why the kernels cannot run, or None.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for an implementation that is not known.
+        NotImplementedError: if the kernels were asked for and cannot run.
     """
-    names = ["xla", *known]
-    if implementation is not None and implementation not in names:
+    if implementation not in (None, "xla", "mosaic_gpu"):
         raise ValueError(
-            f"`jaxreg.ops.{op}(implementation=...)` must be None or one of"
-            f" {', '.join(map(repr, names))}; got {implementation!r}."
+            f"`jaxreg.ops.{op}(implementation=...)` must be None or one of 'xla', 'mosaic_gpu'; got"
+            f" {implementation!r}."
         )
-    return implementation or "xla"
+    if implementation == "xla" or (implementation is None and not wins):
+        return False, None
+    why = reason()
+    if implementation is None:
+        return why is None, None
+    _require(op, implementation, why)
+    return True, op
 
 
-def require(op: str, implementation: str, reason: str | None) -> None:
-    """Raise a NotImplementedError if there is a reason why an implementation cannot run."""
+def _require(op: str, implementation: str, reason: str | None) -> None:
     if reason is not None:
         raise NotImplementedError(
             f"`jaxreg.ops.{op}(implementation={implementation!r})` cannot run: {reason}."
@@ -41,12 +51,12 @@ def only_on(
 ) -> Callable[..., Any]:
     """Return the function, which raises where it is lowered for a platform other than these."""
 
-    def dispatched(*operands: jax.Array) -> Any:
+    def dispatched(*operands: Any) -> Any:
         shapes, tree = jax.tree.flatten(jax.eval_shape(run, *operands))
 
-        def refuse(*operands: jax.Array) -> Any:
+        def refuse(*operands: Any) -> Any:
             outs = _refuse.bind(
-                *operands,
+                *jax.tree.leaves(operands),
                 shapes=tuple((s.shape, s.dtype) for s in shapes),
                 op=op,
                 implementation=implementation,
@@ -60,6 +70,66 @@ def only_on(
 
     return dispatched
 
+
+def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., Any]) -> Any:
+    """Return the function that runs on a device of its kind, and elsewhere the other one.
+
+    It is decided where it is lowered. It is the other one for several platforms at once, for a
+    device that is not there, and where arrays may be split over devices, outside of `shard_map`.
+    Its derivative is for the caller to define.
+    """
+    if not kinds:
+        return otherwise
+
+    def dispatched(*operands: Any) -> Any:
+        flat, tree = jax.tree.flatten(operands)
+        outs: Any = None
+
+        def traced(run: Callable[..., Any]) -> Any:
+            def flattened(*flat: Any) -> Any:
+                nonlocal outs
+                leaves, outs = jax.tree.flatten(run(*jax.tree.unflatten(tree, flat)))
+                return leaves
+
+            return jax.make_jaxpr(flattened)(*flat)
+
+        choices = tuple(map(traced, [*kinds.values(), otherwise]))
+        return jax.tree.unflatten(outs, _choose.bind(*flat, kinds=tuple(kinds), choices=choices))
+
+    return dispatched
+
+
+_choose: Any = Primitive("jaxreg_choose")
+_choose.multiple_results = True
+
+
+def _run_chosen(*operands: Any, **settings: Any) -> Any:
+    return jax.jit(functools.partial(_choose.bind, **settings))(*operands)
+
+
+def _batch_choices(operands: Any, axes: Any, *, kinds: Any, choices: Any) -> Any:
+    def batched(jaxpr: Any) -> Any:
+        return jax.make_jaxpr(jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes)))(*operands)
+
+    outs = _choose.bind(*operands, kinds=kinds, choices=tuple(map(batched, choices)))
+    return outs, [0] * len(outs)
+
+
+def _lower_chosen(ctx: Any, *operands: Any, kinds: Any, choices: Any) -> Any:
+    try:
+        backend = ctx.module_context.get_backend(optional=True)
+    except RuntimeError:  # compiled for a device that is not there
+        backend = None
+    whole = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
+    kind = backend.devices()[0].device_kind if backend and whole else None
+    chosen = choices[kinds.index(kind) if kind in kinds else -1]
+    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+
+
+_choose.def_abstract_eval(lambda *_, choices, **__: choices[-1].out_avals)
+_choose.def_impl(_run_chosen)
+batching.primitive_batchers[_choose] = _batch_choices
+mlir.register_lowering(_choose, _lower_chosen)
 
 # What the other platforms would run: an equation that cannot be lowered, and says why.
 _refuse: Any = Primitive("jaxreg_refuse")
@@ -82,7 +152,7 @@ def _batch(operands: Any, axes: Any, *, shapes: Any, **settings: Any) -> Any:
 
 def _lower(ctx: Any, *_: Any, op: str, implementation: str, platforms: Any, **__: Any) -> Any:
     here = ", ".join(ctx.module_context.platforms)
-    require(
+    _require(
         op, implementation, f"it needs the platform {' or '.join(platforms)}, and this is {here}"
     )
 

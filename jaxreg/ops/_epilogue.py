@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Literal as Constant
 
 from jaxreg.penalties import Penalty
@@ -22,6 +23,7 @@ ELEMENTWISE = frozenset(
     (
         "abs",
         "add",
+        "add_any",
         "and",
         "convert_element_type",
         "copy",
@@ -41,6 +43,7 @@ ELEMENTWISE = frozenset(
         "ne",
         "neg",
         "not",
+        "one_minus_square",
         "or",
         "rsqrt",
         "select_n",
@@ -68,7 +71,7 @@ class Node:
 
     Args:
         primitive: None for the activation.
-        operands: nodes, scalars' positions among the scalars that the kernel is handed, or numbers.
+        operands: nodes, columns, scalars or numbers.
     """
 
     primitive: Any = None
@@ -79,6 +82,14 @@ class Node:
 @dataclasses.dataclass(frozen=True)
 class Scalar:
     """A scalar that the kernel is handed, by position."""
+
+    position: int
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A vector over the last axis that the kernel is handed, by position."""
 
     position: int
     dtype: Any
@@ -105,13 +116,10 @@ def epilogue(penalty: Penalty, shape: tuple[int, ...]) -> Epilogue:
     Raises:
         NotElementwise: where they are not sums of functions of single entries.
     """
-    array: Any = jax.ShapeDtypeStruct
-    leaves, tree = jax.tree.flatten(penalty)
-    # A plain number stays one: it need not be handed to the kernel.
-    leaves = [x if isinstance(x, jax.Array) else np.asarray(x, jnp.result_type(x)) for x in leaves]
+    leaves, tree = _leaves(penalty)
     traced, out = jax.make_jaxpr(
         lambda x, leaves: jax.tree.unflatten(tree, leaves).moments(x), return_shape=True
-    )(array(shape, jnp.float32), leaves)
+    )(_array(shape), _alike(leaves))
 
     def run(sums: Sequence[jax.Array] | None) -> tuple["_Interpreter", Any]:
         interpreter = _Interpreter(shape, sums)
@@ -124,23 +132,95 @@ def epilogue(penalty: Penalty, shape: tuple[int, ...]) -> Epilogue:
     return Epilogue(found.found, found.scalars, lambda sums: run(sums)[1])
 
 
-def elementwise(function: Callable[[jax.Array], jax.Array]) -> None:
-    """Raise NotElementwise unless a function of an array can run tile by tile."""
+@dataclasses.dataclass
+class Gradient:
+    """The gradient of a penalty's moments by the activation, as a function of single entries.
+
+    Args:
+        node: the function: a node, or what is no function of the activation.
+        scalars: the scalars that it reads.
+        columns: the vectors over the last axis that it reads.
+    """
+
+    node: Any
+    scalars: list[jax.Array]
+    columns: list[jax.Array]
+
+
+def gradient(penalty: Penalty, shape: tuple[int, ...], cotangents: Any) -> Gradient:
+    """Trace the gradient by an activation of this shape, in float32, at cotangents of the moments.
+
+    Raises:
+        NotElementwise: where it is not a function of single entries, scalars and columns.
+    """
+    leaves, tree = _leaves(penalty)
+    given, given_tree = jax.tree.flatten(cotangents)
+
+    def by_activation(x: jax.Array, leaves: Any, given: Any) -> jax.Array:
+        moments = jax.tree.unflatten(tree, leaves).moments
+        (pulled,) = jax.vjp(moments, x)[1](jax.tree.unflatten(given_tree, given))
+        return jnp.asarray(pulled)
+
+    traced = jax.make_jaxpr(by_activation)(_array(shape), _alike(leaves), _alike(given))
+    interpreter = _Interpreter(shape, None, gradient=True)
+    arguments = [Node(), *leaves, *given]
+    (node,) = interpreter.run(traced.jaxpr, traced.consts, arguments)
+    return Gradient(interpreter.operand(node), interpreter.scalars, interpreter.columns)
+
+
+def _array(shape: tuple[int, ...], dtype: Any = jnp.float32, weak_type: bool = False) -> Any:
+    array: Any = jax.ShapeDtypeStruct
+    return array(shape, dtype, weak_type=weak_type)
+
+
+def _alike(leaves: list[Any]) -> list[Any]:
+    """Return what tells of arrays no more than a function of one device can know."""
+    types = [(jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)) for x in leaves]
+    return [_array(*type_) for type_ in types]
+
+
+def _leaves(penalty: Penalty) -> tuple[list[Any], Any]:
+    """Return a penalty's leaves; a plain number stays one: no kernel need be handed it."""
+    leaves, tree = jax.tree.flatten(penalty)
+    as_array = [
+        x if isinstance(x, jax.Array) else np.asarray(x, jnp.result_type(x)) for x in leaves
+    ]
+    return as_array, tree
+
+
+def elementwise(function: Callable[[jax.Array], Any]) -> list[Any]:
+    """Return what a function of an array makes of its single entries, in float32.
+
+    Raises:
+        NotElementwise: where that is not what it does.
+    """
     shape = (8, 128)
-    traced = jax.make_jaxpr(function)(jnp.zeros(shape))
+    traced = jax.make_jaxpr(lambda x: jax.tree.leaves(function(x)))(jnp.zeros(shape))
     interpreter = _Interpreter(shape, None)
-    (value,) = interpreter.run(traced.jaxpr, traced.consts, [Node()])
-    if not isinstance(value, Node) or interpreter.found or interpreter.scalars:
+    nodes = interpreter.run(traced.jaxpr, traced.consts, [Node()])
+    if interpreter.found or not any(isinstance(node, Node) for node in nodes):
         raise NotElementwise("it is not a function of single entries")
+    return [interpreter.operand(node) for node in nodes]
 
 
-def evaluate(nodes: Sequence[Node], tile: jax.Array, scalars: Sequence[Any]) -> list[jax.Array]:
-    """Return the nodes' values on a tile; what they share is computed once."""
+def evaluate(
+    nodes: Sequence[Any], tile: jax.Array, scalars: Sequence[Any], columns: Sequence[Any] = ()
+) -> list[jax.Array]:
+    """Return the nodes' values on a tile; what they share is computed once.
+
+    Args:
+        nodes: what to compute.
+        tile: the activation's, or any part of it.
+        scalars: what the kernel is handed.
+        columns: the same, each of the tile's shape.
+    """
     values: dict[int, jax.Array] = {}
 
     def value(operand: Any) -> Any:
         if isinstance(operand, Scalar):
             return jnp.full(tile.shape, scalars[operand.position].astype(operand.dtype))
+        if isinstance(operand, Column):
+            return columns[operand.position].astype(operand.dtype)
         if not isinstance(operand, Node):
             return jnp.full(tile.shape, operand.item(), operand.dtype)
         if operand.primitive is None:
@@ -153,6 +233,10 @@ def evaluate(nodes: Sequence[Node], tile: jax.Array, scalars: Sequence[Any]) -> 
     return [value(node) for node in nodes]
 
 
+# A value that is made of sums, where those are not known.
+_FORGOTTEN = object()
+
+
 class _Interpreter:
     """Runs a jaxpr whose first argument is the activation, of which nothing is known.
 
@@ -160,11 +244,15 @@ class _Interpreter:
     goes along; the rest becomes nodes.
     """
 
-    def __init__(self, shape: tuple[int, ...], sums: Sequence[jax.Array] | None):
+    def __init__(
+        self, shape: tuple[int, ...], sums: Sequence[jax.Array] | None, gradient: bool = False
+    ):
         self.shape = shape
         self.sums = sums
+        self.gradient = gradient
         self.found: list[tuple[Node, Over]] = []
         self.scalars: list[jax.Array] = []
+        self.columns: list[jax.Array] = []
 
     def run(self, jaxpr: Any, consts: Any, arguments: Any) -> list[Any]:
         values: dict[Any, Any] = dict(
@@ -187,9 +275,15 @@ class _Interpreter:
 
     def _equation(self, equation: Any, operands: list[Any]) -> list[Any]:
         name, shape = equation.primitive.name, equation.outvars[0].aval.shape
-        if not any(isinstance(o, Node) for o in operands):
-            if name == "broadcast_in_dim" and operands[0].ndim == 0 and shape == self.shape:
-                return operands  # nodes take scalars as they are
+        if any(operand is _FORGOTTEN for operand in operands):
+            return [_FORGOTTEN] * len(equation.outvars)
+        if not any(isinstance(operand, Node | Column) for operand in operands):
+            if name == "broadcast_in_dim" and shape == self.shape:
+                if operands[0].ndim == 0:
+                    return operands  # nodes take scalars as they are
+                if self.gradient and self._is_column(equation, operands[0]):
+                    self.columns.append(operands[0].reshape(-1))
+                    return [Column(len(self.columns) - 1, operands[0].dtype)]
             outs = equation.primitive.bind(*operands, **equation.params)
             return list(outs) if equation.primitive.multiple_results else [outs]
         if name == "reduce_sum":
@@ -198,10 +292,20 @@ class _Interpreter:
             return operands[:1]
         if name not in ELEMENTWISE or shape != self.shape:
             raise NotElementwise(f"it takes {name} of the activation")
-        return [Node(equation.primitive, equation.params, tuple(map(self._operand, operands)))]
+        # How derivatives add up; kernels know the sum alone.
+        primitive = lax.add_p if name == "add_any" else equation.primitive
+        return [Node(primitive, equation.params, tuple(map(self.operand, operands)))]
 
-    def _operand(self, value: Any) -> Any:
-        if isinstance(value, Node):
+    def _is_column(self, equation: Any, operand: Any) -> bool:
+        last = len(self.shape) - 1
+        along = equation.params["broadcast_dimensions"][-1:] == (last,)
+        return bool(along and operand.size == operand.shape[-1] == self.shape[-1])
+
+    def operand(self, value: Any) -> Any:
+        """Return what a node reads for a value."""
+        if value is _FORGOTTEN:
+            raise NotElementwise("its gradient needs the sums themselves")
+        if isinstance(value, Node | Column):
             return value
         if value.ndim:
             raise NotElementwise("it holds an array of which a tile would need its part")
@@ -210,7 +314,9 @@ class _Interpreter:
         self.scalars.append(value)
         return Scalar(len(self.scalars) - 1, value.dtype)
 
-    def _sum(self, node: Node, axes: tuple[int, ...]) -> jax.Array:
+    def _sum(self, node: Any, axes: tuple[int, ...]) -> Any:
+        if self.gradient:
+            return _FORGOTTEN
         every = tuple(range(len(self.shape)))
         if sorted(axes) not in ([*every], [*every[:-1]]):
             raise NotElementwise(f"it sums over the axes {axes} of {len(self.shape)}")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from jaxreg.ops import _dispatch
-from jaxreg.ops.dense import _mosaic_gpu
+from jaxreg.ops import _dispatch, _mosaic_gpu
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 12),

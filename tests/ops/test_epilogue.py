@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxreg as jr
-from jaxreg.ops._epilogue import NotElementwise, elementwise, epilogue, evaluate
+from jaxreg.ops._epilogue import NotElementwise, elementwise, epilogue, evaluate, gradient
 from tests.registry import CASES
 
 # Those of the registry that a kernel can measure.
@@ -49,6 +49,37 @@ def test_every_other_penalty_says_why_it_cannot():
         if case.name not in TILED:
             with pytest.raises(NotElementwise, match=r"^it (takes|holds|sums)"):
                 epilogue(case.penalty, np.shape(case.sample))
+
+
+def by_gradient(penalty: jr.Penalty, x: jax.Array, cotangents: Any):
+    found = gradient(penalty, x.shape, cotangents)
+    columns = [jnp.broadcast_to(column, x.shape) for column in found.columns]
+    (value,) = evaluate([found.node], x, found.scalars, columns)
+    return value
+
+
+@pytest.mark.parametrize("case", [c for c in BATCHES if c.name in TILED], ids=str)
+def test_gradients_of_moments_are_those_of_single_entries(case):
+    x = jnp.asarray(case.sample, jnp.float32)
+    moments, pull = jax.vjp(case.penalty.moments, x)
+    cotangents = jax.tree.map(lambda m: jnp.cos(m + jnp.arange(m.size).reshape(m.shape)), moments)
+    traced = jax.jit(by_gradient)(case.penalty, x, cotangents)
+    chex.assert_trees_all_close(traced, pull(cotangents)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_needs_the_sums_says_so():
+    class Root(jr.Penalty):
+        strength: Any
+
+        def moments(self, x, where=None):
+            return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+        def finish(self, moments, count):
+            return self.strength * moments
+
+    assert epilogue(Root(0.1), (8, 4)).sums
+    with pytest.raises(NotElementwise, match="its gradient needs the sums themselves"):
+        gradient(Root(0.1), (8, 4), jnp.float32(1))
 
 
 def test_a_setting_that_is_traced_is_handed_over_and_a_number_is_not():

@@ -1,21 +1,16 @@
-"""The public function, and its derivative."""
-
-import functools
-from collections.abc import Callable
-from typing import Any
+"""The public function."""
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxreg.ops import _dispatch
-from jaxreg.ops._epilogue import epilogue
 from jaxreg.penalties import Penalty
 from jaxreg.terms import AxisName, Measurement, Reduction, check_reduction, measure
 
-from . import _mosaic_gpu
+from ._mosaic_gpu import supports
 from ._reference import Activation, reference
+from ._rule import identity, layer, layer_wins
 
 
 def dense(
@@ -45,9 +40,10 @@ def dense(
         implementation: None and `"xla"` leave it to XLA, which on TPU measures the activation as it
             is produced, and on GPU reads it again. `"mosaic_gpu"` is a kernel for NVIDIA Hopper
             that does not: bfloat16 or float16, sizes that are multiples of its tiles, a function f
-            of single entries, and a penalty whose moments are sums of such. No measurement on such
-            a GPU is recorded yet, so that it must be asked for by name. It is not partitioned:
-            under a mesh call it inside `jax.shard_map`.
+            of single entries, and a penalty whose moments are sums of such. It is not partitioned:
+            under a mesh call it inside `jax.shard_map`. None takes it for shapes for which it is
+            recorded to be faster on the device, by `jaxreg.ops.tuned`; the package has no record
+            yet.
 
     Returns:
         The activation (..., n), of the operands' dtype, and the penalty of it, a scalar in float32
@@ -99,97 +95,37 @@ def measured(
 ) -> tuple[jax.Array, Measurement]:
     """Return the activation and its penalty before it is finished; see `dense`."""
     x, w, b = jnp.asarray(x), jnp.asarray(w), None if b is None else jnp.asarray(b)
-    _check(x, w, b, penalty)
+    check("dense", penalty, x, w, b)
     check_reduction(reduction)
-    chosen = _dispatch.choose("dense", implementation, {"mosaic_gpu": _mosaic_gpu})
-    if chosen == "xla":
+    f = activation or identity
+
+    def reason() -> str | None:
+        return "it takes no mask" if mask is not None else supports(x, w, f, penalty)
+
+    kernel, asked_by = _dispatch.choose("dense", implementation, layer_wins(f, x, w), reason)
+    if not kernel:
         a = reference(x, w, b, activation)
         return a, measure(a, penalty, reduction, mask, name="a")
-    f = activation or _identity
-    keep = f not in _FROM_OUTPUT
-    reason = "it takes no mask" if mask is not None else None
-    reason = reason or _mosaic_gpu.supports(x, w, f, penalty, keep)
-    _dispatch.require("dense", chosen, reason)
     bias = jnp.zeros(w.shape[1], x.dtype) if b is None else b
-    a, _, moments = _kernel(f, False, x, w, bias, penalty)
+    a, _, moments = layer(f, False, asked_by, x, w, bias, penalty)
     return a, measure(a, penalty, reduction, name="a", moments=moments)
 
 
-def _check(x: jax.Array, w: jax.Array, b: jax.Array | None, penalty: Penalty) -> None:
+def check(
+    op: str, penalty: Penalty, x: jax.Array, w: jax.Array, b: jax.Array | None, where: str = ""
+) -> None:
+    """Raise unless these are a penalty and the operands of a layer; `where` says which layer."""
     if not isinstance(penalty, Penalty):
-        raise TypeError(f"`jaxreg.ops.dense(penalty=...)` must be a Penalty; got {penalty!r}.")
+        raise TypeError(f"`jaxreg.ops.{op}(penalty=...)` must be a Penalty; got {penalty!r}.")
     shapes = [operand.shape for operand in (x, w, b) if operand is not None]
     matches = x.ndim and w.ndim == 2 and x.shape[-1] == w.shape[0]
     if not matches or (b is not None and b.shape != w.shape[1:]):
         raise ValueError(
-            "`jaxreg.ops.dense` takes x of shape (..., d), w of shape (d, n) and b of shape (n,);"
-            f" got {', '.join(map(str, shapes))}."
+            f"`jaxreg.ops.{op}` takes x of shape (..., d), w of shape (d, n) and b of shape (n,);"
+            f" got {', '.join(map(str, shapes))}{where}."
         )
     for operand in (x, w, b):
         if operand is not None and not jnp.issubdtype(operand.dtype, jnp.inexact):
             raise TypeError(
-                f"`jaxreg.ops.dense` takes floating-point arrays; got dtype {operand.dtype}."
+                f"`jaxreg.ops.{op}` takes floating-point arrays; got dtype {operand.dtype}."
             )
-
-
-def _identity(z: jax.Array) -> jax.Array:
-    return z
-
-
-# Where f' is a function of f's value, what comes before the activation need not be kept.
-_FROM_OUTPUT: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    _identity: jnp.ones_like,
-    jax.nn.relu: lambda a: (a > 0).astype(a.dtype),
-    jax.nn.sigmoid: lambda a: a * (1 - a),
-    jnp.tanh: lambda a: 1 - a * a,
-    jax.nn.tanh: lambda a: 1 - a * a,
-}
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _kernel(
-    activation: Activation, keep: bool, x: jax.Array, w: jax.Array, b: jax.Array, penalty: Penalty
-) -> tuple[jax.Array, jax.Array | None, Any]:
-    """Return the activation, what came before it if that is to be kept, and the moments."""
-    shape = (*x.shape[:-1], w.shape[1])
-    sums = epilogue(penalty, shape)
-    # At least one, as an operand must not be empty.
-    scalars = jnp.stack([jnp.asarray(s, jnp.float32) for s in sums.scalars or [jnp.zeros(())]])
-    run = _dispatch.only_on(
-        _mosaic_gpu.PLATFORMS,
-        "dense",
-        "mosaic_gpu",
-        functools.partial(
-            _mosaic_gpu.forward,
-            activation=activation,
-            sums=sums,
-            keep=keep,
-        ),
-    )
-    flat = x.reshape(-1, x.shape[-1])
-    a, z, totals = _mosaic_gpu.varying_as(run(flat, w, b.astype(jnp.float32), scalars), (x, w, b))
-    return a.reshape(shape), None if z is None else z.reshape(shape), sums.moments(totals)
-
-
-@functools.partial(_kernel.defjvp, symbolic_zeros=True)
-def _derivative(activation: Activation, keep: bool, primals: Any, tangents: Any) -> Any:
-    """The derivative in plain JAX: reverse mode transposes it, and any further order derives it."""
-    x, w, b, penalty = primals
-    dx, dw, db, dpenalty = tangents
-    a, z, moments = _kernel(activation, activation not in _FROM_OUTPUT, x, w, b, penalty)
-    dz = jnp.zeros_like(a)
-    # A product with a symbolic zero would be one more product of matrices.
-    if not isinstance(dx, SymbolicZero):
-        dz += jnp.matmul(dx, w)
-    if not isinstance(dw, SymbolicZero):
-        dz += jnp.matmul(x, dw)
-    if not isinstance(db, SymbolicZero):
-        dz += db.astype(dz.dtype)
-    da = _FROM_OUTPUT[activation](a) * dz if z is None else jax.jvp(activation, (z,), (dz,))[1]
-    dpenalty = jax.tree.map(
-        lambda t: jnp.zeros(t.shape, t.dtype) if isinstance(t, SymbolicZero) else t,
-        dpenalty,
-        is_leaf=lambda t: isinstance(t, SymbolicZero),
-    )
-    _, dmoments = jax.jvp(lambda p, a: p.moments(p.prepare(a)), (penalty, a), (dpenalty, da))
-    return (a, z if keep else None, moments), (da, dz if keep else None, dmoments)

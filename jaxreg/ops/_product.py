@@ -1,0 +1,120 @@
+"""A matrix product with an epilogue of one's own: by a kernel where it is asked for, or wins."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _dispatch, _mosaic_gpu, _tuning
+from ._mosaic_gpu import Config, Epilogue, Results
+
+Outcome = tuple[list[jax.Array], list[jax.Array]]
+
+
+def product(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    loaded: Sequence[jax.Array] = (),
+    columns: Sequence[jax.Array] = (),
+    scalars: Sequence[jax.Array] = (),
+    epilogue: Epilogue,
+    results: Results,
+    transposed: bool = False,
+    part: int = 32,
+    name: str,
+    asked_by: str | None,
+) -> Outcome:
+    """Return the arrays (m, n) that the epilogue stores, and the sums of what it sums.
+
+    Args:
+        x: (m, k).
+        w: (k, n), or transposed (n, k).
+        loaded: arrays (m, n) of x's dtype that the epilogue reads.
+        columns: arrays (n,) that it reads.
+        scalars: those that it reads.
+        epilogue: given parts of the product, of what is loaded and of the columns, all of one shape
+            and in float32 (what is loaded, in its own dtype), and the scalars, returns parts of
+            what is stored and of what is summed.
+        results: how much it returns.
+        transposed: whether it is w's transpose that x is multiplied by.
+        part: how many columns the heuristic's tiles take through the epilogue at a time.
+        name: the kernel's.
+        asked_by: the op that asks for the kernel. None leaves the product to XLA, but on devices
+            where the kernel is recorded to be faster.
+
+    Returns:
+        What is stored, in x's dtype; and the sums in float32, each a scalar or (n,).
+    """
+    operands = (x, w, list(loaded), list(columns), list(scalars))
+    settings: dict[str, Any] = {
+        "epilogue": epilogue,
+        "results": results,
+        "transposed": transposed,
+    }
+    m, n, k = sizes(x, w, transposed)
+    arrays = results.stored + len(loaded)
+
+    def run(tiles: Config | None) -> Any:
+        if tiles is None:
+            return functools.partial(_xla, **settings)
+        kernel = functools.partial(_mosaic_gpu.product, tiles=tiles, name=name, **settings)
+        if asked_by is None:
+            return kernel
+        return _dispatch.only_on(_mosaic_gpu.PLATFORMS, asked_by, "mosaic_gpu", kernel)
+
+    def marked(run: Any) -> Any:
+        return lambda *given: _mosaic_gpu.varying_as(run(*given), given)
+
+    key = _tuning.shape_class(name, m, n, k, x.dtype)
+    if asked_by is not None:
+        array: Any = jax.ShapeDtypeStruct
+        shapes = jax.tree.map(lambda a: array(a.shape, a.dtype), operands)
+        _tuning.measure(key, functools.partial(_calls, run, shapes, (m, n, k, arrays)))
+    tuned = {
+        kind: marked(run(record.config))
+        for kind, record in _tuning.known(key).items()
+        if _mosaic_gpu.fits(record.config, m, n, k, arrays)
+        and (asked_by is not None or record.seconds < record.xla)
+    }
+    otherwise = run(None if asked_by is None else _mosaic_gpu.config(m, n, k, arrays, part))
+    chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
+    return chosen(*operands)
+
+
+def sizes(x: jax.Array, w: jax.Array, transposed: bool = False) -> tuple[int, int, int]:
+    """Return m, n and k of the product of x (..., k) and w."""
+    return x.size // max(x.shape[-1], 1), w.shape[0 if transposed else 1], x.shape[-1]
+
+
+def wins(name: str, x: jax.Array, w: jax.Array, transposed: bool = False) -> bool:
+    """Return whether the kernel is recorded to be faster than XLA on any device."""
+    key = _tuning.shape_class(name, *sizes(x, w, transposed), x.dtype)
+    return any(record.seconds < record.xla for record in _tuning.known(key).values())
+
+
+def _xla(
+    x: jax.Array,
+    w: jax.Array,
+    loaded: Sequence[jax.Array],
+    columns: Sequence[jax.Array],
+    scalars: Sequence[jax.Array],
+    *,
+    epilogue: Epilogue,
+    results: Results,
+    transposed: bool,
+) -> Outcome:
+    z = jnp.matmul(x, w.T if transposed else w, preferred_element_type=jnp.float32)
+    wide = [jnp.broadcast_to(column.astype(jnp.float32), z.shape) for column in columns]
+    stored, summed = epilogue(z, loaded, wide, scalars)
+    return [value.astype(x.dtype) for value in stored], results.total(summed)
+
+
+def _calls(run: Any, shapes: Any, product: tuple[int, int, int, int]) -> _tuning.Calls:
+    """Return the default device's kind, and calls on arrays of these shapes."""
+    arrays = jax.tree.map(lambda a: jnp.full(a.shape, 0.1, a.dtype), shapes)
+    (device,) = arrays[0].devices()
+    tried = (None, *_tuning.candidates(*product))
+    return device.device_kind, {t: functools.partial(jax.jit(run(t)), *arrays) for t in tried}

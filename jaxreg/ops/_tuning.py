@@ -1,0 +1,175 @@
+"""Which tiles a kernel takes, and whether it wins over XLA: what was measured, kept as JSON."""
+
+import concurrent.futures
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.resources
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ._mosaic_gpu import Config, fits
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was measured of one shape class on one device.
+
+    Args:
+        config: the fastest tiles.
+        seconds: a call's with them.
+        xla: a call's when it is left to XLA.
+    """
+
+    config: Config
+    seconds: float
+    xla: float
+
+
+# By the device's kind, then by shape class.
+Records = dict[str, dict[str, Record]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tuning:
+    records: Records
+    timer: Timer | None
+
+
+_own: contextvars.ContextVar[_Tuning | None] = contextvars.ContextVar("tuned", default=None)
+
+
+def shape_class(name: str, m: int, n: int, k: int, dtype: Any) -> str:
+    """Return the name under which an (m, k) by (k, n) product of a kernel is recorded.
+
+    Rows count as the next power of two: they are a batch's, the others a model's.
+    """
+    return f"{name} {1 << (m - 1).bit_length()}x{n}x{k} {dtype}"
+
+
+def candidates(m: int, n: int, k: int, arrays: int) -> list[Config]:
+    """Return the configurations to try, 24 at most; see `_mosaic_gpu.config`."""
+    grid = itertools.product((True, False), (4, 3), (4, 8, 16), (32, 16))
+    # A short product has fewer steps to load ahead.
+    configs = [Config(s, min(stages, k // 64), *rest) for s, stages, *rest in grid]
+    return [tiles for tiles in dict.fromkeys(configs) if fits(tiles, m, n, k, arrays)]
+
+
+def known(key: str) -> dict[str, Record]:
+    """Return what is recorded of a shape class, by the device's kind."""
+    own = _own.get()
+    tables = [_shipped(), own.records] if own else [_shipped()]
+    return {kind: t[key] for records in tables for kind, t in records.items() if key in t}
+
+
+# A device's kind, and a call for each configuration, and for None XLA's.
+Calls = tuple[str, dict[Config | None, Callable[[], Any]]]
+
+
+def measure(key: str, calls: Callable[[], Calls]) -> None:
+    """Time a shape class on a device, where `tuned` asks for it and has no record.
+
+    Args:
+        key: the shape class.
+        calls: returns what to time, and on what.
+    """
+    own = _own.get()
+    if own is None or own.timer is None:
+        return
+    # In a thread of its own: the function that asks is being traced, and this is to run now.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(_measure, key, calls, own.records, own.timer).result()
+
+
+def _measure(key: str, calls: Callable[[], Calls], records: Records, timer: Timer) -> None:
+    kind, runs = calls()
+    if key in records.get(kind, {}):
+        return
+    seconds = {tiles: timer(run) for tiles, run in runs.items()}
+    xla = seconds.pop(None)
+    best = min(seconds, key=lambda tiles: seconds[tiles])
+    assert best is not None
+    records.setdefault(kind, {})[key] = Record(best, seconds[best], xla)
+
+
+@contextlib.contextmanager
+def tuned(
+    file: str | os.PathLike[str], *, measure: bool = False, timer: Timer | None = None
+) -> Iterator[None]:
+    """Take tiles from a file of one's own, and with `measure` add what it lacks.
+
+    A kernel runs with the tiles that are recorded for its shapes, dtype and device. Where it was
+    faster than XLA there, `implementation=None` runs it as well. What was traced before the context
+    was entered, or outside of it, stays as it is.
+
+    Args:
+        file: JSON; with `measure` it is written at the end, and need not exist.
+        measure: whether each product of a kernel that is asked for by name is timed when it is
+            traced, unless the file has it: with up to 24 configurations and with XLA, on arrays of
+            its shapes, on the default device.
+        timer: given a function without arguments, returns the seconds of a call.
+
+    Raises:
+        FileNotFoundError: without `measure`, where there is no such file.
+
+    Example:
+        with jr.ops.tuned("tiles.json", measure=True):   # once, on the device
+            jax.block_until_ready(step(params, x))
+        with jr.ops.tuned("tiles.json"):                 # from then on
+            train()
+    """
+    path = Path(file)
+    own = {} if measure and not path.exists() else _parse(path.read_text())
+    token = _own.set(_Tuning(own, (timer or _seconds) if measure else None))
+    try:
+        yield
+    finally:
+        _own.reset(token)
+    if measure:
+        path.write_text(_written(own))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Return the shortest of several means, after a call that compiles."""
+    wait: Any = jax.block_until_ready
+    wait(run())
+
+    def mean(calls: int) -> float:
+        start = time.perf_counter()
+        wait([run() for _ in range(calls)])
+        return (time.perf_counter() - start) / calls
+
+    return min(mean(10) for _ in range(5))
+
+
+def _parse(text: str) -> Records:
+    return {
+        kind: {
+            key: Record(Config(**record["config"]), record["seconds"], record["xla"])
+            for key, record in known.items()
+        }
+        for kind, known in json.loads(text).items()
+    }
+
+
+def _written(records: Records) -> str:
+    plain = {
+        kind: {key: dataclasses.asdict(record) for key, record in sorted(known.items())}
+        for kind, known in sorted(records.items())
+    }
+    return json.dumps(plain, indent=1) + "\n"
+
+
+@functools.cache
+def _shipped() -> Records:
+    return _parse(importlib.resources.files("jaxreg.ops").joinpath("tuned.json").read_text())

@@ -1,0 +1,91 @@
+"""Two dense layers with the penalty of what lies between: the reference, and what is refused."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxreg as jr
+
+RNG = np.random.default_rng(0)
+X, W1, B1 = RNG.normal(size=(6, 5)), RNG.normal(size=(5, 8)), RNG.normal(size=8)
+W2, B2 = RNG.normal(size=(8, 3)), RNG.normal(size=3)
+L1 = jr.L1(0.3)
+
+
+def test_output_hidden_and_value_are_the_formula():
+    single = [jnp.asarray(a, jnp.float32) for a in (X, W1, B1, W2, B2)]
+    y, h, value = jr.ops.mlp(*single, activation=jax.nn.relu, penalty=L1)
+    hidden = np.maximum(X @ W1 + B1, 0)
+    np.testing.assert_allclose(h, hidden, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, hidden @ W2 + B2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, 0.3 * np.abs(hidden).sum() / 6, rtol=1e-6)
+    x, w1, _, w2, _ = single
+    y, h, value = jr.ops.mlp(
+        x, w1, None, w2, None, activation=jnp.tanh, penalty=jr.L2(0.3), reduction="mean"
+    )
+    np.testing.assert_allclose(y, np.tanh(X @ W1) @ W2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, 0.3 * np.square(np.tanh(X @ W1)).mean(), rtol=1e-6)
+
+
+def test_the_derivative_in_both_modes():
+    with jax.enable_x64():
+        operands = [jnp.asarray(a) for a in (X, W1, B1, W2, B2)]
+
+        @jax.jit
+        def loss(*operands):
+            y, h, value = jr.ops.mlp(*operands, activation=jnp.tanh, penalty=jr.L2(0.3))
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(h)) + value
+
+        check_grads(loss, operands, order=1, modes=["fwd", "rev"], rtol=1e-5)
+
+
+def test_bad_operands_are_named():
+    x, w1, b1, w2, b2 = (jnp.asarray(a, jnp.float32) for a in (X, W1, B1, W2, B2))
+
+    def run(*operands, penalty: Any = L1, **settings: Any):
+        return jr.ops.mlp(*operands, activation=jax.nn.relu, penalty=penalty, **settings)
+
+    with pytest.raises(ValueError, match=r"mlp` takes x .*got \(6, 5\), \(8, 3\).*first layer"):
+        run(x, w2, b1, w2, b2)
+    with pytest.raises(ValueError, match=r"got \(6, 8\), \(5, 8\), \(3,\) in the second"):
+        run(x, w1, b1, w1, b2)
+    with pytest.raises(TypeError, match="mlp` takes floating-point arrays; got dtype int32"):
+        run(x, w1, b1, w2.astype(int), b2)
+    with pytest.raises(TypeError, match=r"mlp\(penalty=\.\.\.\)` must be a Penalty; got 0\.1"):
+        run(x, w1, b1, w2, b2, penalty=0.1)
+    with pytest.raises(ValueError, match=r"ops\.mlp\(implementation.*one of 'xla', 'mosaic_gpu'"):
+        run(x, w1, b1, w2, b2, implementation="cuda")
+
+
+def test_a_kernel_that_cannot_run_says_why(monkeypatch):
+    def refused(match, out=128, activation=jax.nn.relu, penalty: jr.Penalty = L1, hidden=128):
+        x, w1, w2 = (jnp.ones(s, jnp.bfloat16) for s in ((256, 64), (64, hidden), (hidden, out)))
+        with pytest.raises(NotImplementedError, match=match):
+            jr.ops.mlp(
+                *(x, w1, None, w2, None),
+                activation=activation,
+                penalty=penalty,
+                implementation="mosaic_gpu",
+            )
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    refused("its kernel needs JAX 0.12 or newer")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    refused("and the input's features of 64; got 256, 100, 64", hidden=100)
+    refused("and the output's features of 64; got 256, 128, 100", out=100)
+    refused("the activation is not one that a tile can take", activation=jax.nn.softmax)
+
+    class Root(jr.Penalty):
+        strength: Any
+
+        def moments(self, x, where=None):
+            return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+        def finish(self, moments, count):
+            return self.strength * moments
+
+    refused("the gradient of `jaxreg.Root` cannot be taken tile by tile", penalty=Root(0.1))

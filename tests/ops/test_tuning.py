@@ -1,0 +1,158 @@
+"""What is measured of a kernel, where it is kept, and what it decides."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxreg as jr
+from jaxreg.ops import _mosaic_gpu, _product
+from jaxreg.ops._dispatch import by_device
+from jaxreg.ops._tuning import candidates
+
+from ._interpret import interpreted, needs_kernels
+
+KIND = jax.devices()[0].device_kind
+X, W = jnp.ones((256, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.bfloat16)
+dense = functools.partial(jr.ops.dense, activation=jax.nn.relu, penalty=jr.L1(0.1))
+
+
+def test_at_most_24_configurations_are_tried_and_all_fit():
+    for m, n, k in ((8192, 16384, 512), (256, 128, 64), (128, 256, 4096)):
+        for arrays in (1, 2):
+            tried = candidates(m, n, k, arrays)
+            assert 1 <= len(set(tried)) == len(tried) <= 24
+            assert all(_mosaic_gpu.fits(tiles, m, n, k, arrays) for tiles in tried)
+            assert _mosaic_gpu.config(m, n, k, arrays) in tried
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Put a kernel that runs anywhere in the place of the real one; list the tiles it takes."""
+    ran = []
+
+    def kernel(*operands, tiles, name, **settings):
+        ran.append(tiles)
+        stored, sums = _product._xla(*operands, **settings)
+        return [2 * value for value in stored], sums
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(_mosaic_gpu, "product", kernel)
+    return ran
+
+
+def tune(file, *, xla: float):
+    """Tune the layer, by a timer for which the second configuration wins, and XLA takes so long."""
+    timed = []
+
+    def timer(run):
+        timed.append(run)
+        return xla if len(timed) == 1 else 1.0 if len(timed) == 3 else 2.0
+
+    with jr.ops.tuned(file, measure=True, timer=timer):
+        jax.jit(functools.partial(dense, implementation="mosaic_gpu")).trace(X, W)
+        before = len(timed)
+        jax.jit(functools.partial(dense, implementation="mosaic_gpu")).trace(X, W)
+        assert len(timed) == before, "what is recorded is not timed again"
+    jax.block_until_ready(timed[1]())  # what is timed can run, after the trace
+    return candidates(256, 128, 64, 1)[1]
+
+
+def test_the_fastest_tiles_are_written_and_taken(tmp_path, kernels):
+    file = tmp_path / "tiles.json"
+    best = tune(file, xla=3.0)
+    (key,) = json.loads(file.read_text())[KIND]
+    assert key == "jaxreg_dense 256x128x64 bfloat16"
+    layer = functools.partial(dense, implementation="mosaic_gpu")
+    kernels.clear()
+    with jr.ops.tuned(file):
+        jax.jit(layer)(X, W)
+        assert best in kernels
+        kernels.clear()
+    jax.jit(lambda x, w: layer(x, w))(X, W)
+    assert set(kernels) == {_mosaic_gpu.config(256, 128, 64, 1)}
+
+
+@pytest.mark.parametrize(("xla", "wins"), [(3.0, True), (0.5, False)])
+def test_xla_runs_but_where_a_win_is_recorded(tmp_path, kernels, xla, wins):
+    file = tmp_path / "tiles.json"
+    tune(file, xla=xla)
+    expected = jax.jit(dense)(X, W)[0]
+    with jr.ops.tuned(file):
+        a, value = jax.jit(lambda x, w: dense(x, w))(X, W)
+        other, _ = jax.jit(lambda x, w: dense(x[:, :32], w[:32]))(X, W)
+        # Another class, and what a kernel cannot take, are XLA's.
+        np.testing.assert_array_equal(other, expected / 2)
+        assert dense(X.astype(jnp.float32), W.astype(jnp.float32))[0][0, 0] == 64
+        gradient = jax.jit(jax.grad(lambda w: dense(X, w)[1]))(W)
+    np.testing.assert_array_equal(a, (2 if wins else 1) * expected)
+    np.testing.assert_allclose(value, 0.1 * 64 * 128, rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.full(W.shape, 0.1), rtol=1e-2)
+
+
+@needs_kernels
+def test_the_kernel_itself_runs_while_a_step_is_traced(tmp_path, monkeypatch):
+    monkeypatch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))
+    first: list[Any] = []
+
+    def timer(run):
+        if len(first) < 2:  # XLA, and one kernel: the interpreter is slow
+            with interpreted():
+                first.append(run())
+        return float(len(first))
+
+    def step(x):
+        mesh, spec = Mesh(np.array(jax.devices()[:2]), ("d",)), PartitionSpec("d")
+        layer = functools.partial(dense, axis_name="d", implementation="mosaic_gpu")
+        shards = jax.shard_map(
+            lambda x: layer(x, W)[1], mesh=mesh, in_specs=spec, out_specs=PartitionSpec()
+        )
+        return shards(x)
+
+    with jr.ops.tuned(tmp_path / "tiles.json", measure=True, timer=timer):
+        jax.jit(jax.grad(step)).trace(jnp.concatenate([X, X]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2), *first)
+
+
+def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+
+    def kernel(*operands, tiles, name, **settings):
+        return _product._xla(*operands, **settings)
+
+    monkeypatch.setattr(_mosaic_gpu, "product", kernel)
+    layer = functools.partial(dense, implementation="mosaic_gpu")
+    with (
+        pytest.raises(NotImplementedError, match="needs the platform cuda, and this is cpu"),
+        jr.ops.tuned(tmp_path / "tiles.json", measure=True),
+    ):
+        jax.jit(layer).trace(X, W)
+
+
+def test_a_file_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), jr.ops.tuned(tmp_path / "none.json"):
+        pass
+
+
+def test_the_device_is_looked_at_when_the_function_is_lowered():
+    def run(kinds):
+        return by_device({kind: lambda x: {"y": 2 * x} for kind in kinds}, lambda x: {"y": x})
+
+    x = jnp.arange(8.0)
+    here = jax.jit(lambda x: run([KIND])(x)["y"])
+    np.testing.assert_array_equal(here(x), 2 * x)
+    np.testing.assert_array_equal(run([KIND])(x)["y"], 2 * x)
+    np.testing.assert_array_equal(jax.jit(lambda x: run(["other"])(x)["y"])(x), x)
+    np.testing.assert_array_equal(jax.vmap(here)(x[:, None])[:, 0], 2 * x)
+    # A kernel is not partitioned: split arrays are XLA's.
+    mesh, spec = Mesh(np.array(jax.devices()), ("d",)), PartitionSpec("d")
+    split = jax.device_put(x, NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(here(split), x)
+    shards = jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_array_equal(jax.jit(shards)(split), 2 * x)
