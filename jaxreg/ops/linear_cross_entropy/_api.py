@@ -152,10 +152,9 @@ def linear_cross_entropy(
         z_loss=jnp.asarray(z_loss, wide),
     )
     settings = _chunked.Settings(
-        function=CrossEntropy(smoothing, vocab_axis_name),
+        function=CrossEntropy(smoothing, soft_cap, vocab_axis_name),
         chunk=chunk,
         words=words,
-        soft_cap=soft_cap,
         dtype=factors,
         gradient_dtype=wide if gradient_dtype is None else jnp.dtype(gradient_dtype),
         wide=wide,

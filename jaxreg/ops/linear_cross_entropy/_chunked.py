@@ -70,7 +70,6 @@ class Settings:
     function: OfLogits
     chunk: int | None  # tokens
     words: int  # the axis of the weight that the vocabulary lies along
-    soft_cap: float | None
     dtype: DTypeLike  # of the factors of the matrix products
     gradient_dtype: DTypeLike  # in which the weight's gradient adds up
     wide: DTypeLike  # of the logits
@@ -96,16 +95,6 @@ class Settings:
         # transposed. Without the barrier it would drop the transposed copy for that.
         transposed = lax.optimization_barrier(hidden.T)  # type: ignore[no-untyped-call]
         return _product(transposed, slope, 1, 0, self.wide)
-
-    def cap(self, logits: jax.Array) -> jax.Array:
-        """Return the logits within ± the soft cap."""
-        if self.soft_cap is None:
-            return logits
-        return self.soft_cap * jnp.tanh(logits / self.soft_cap)
-
-    def slope_of_cap(self, capped: jax.Array) -> jax.Array | float:
-        """Return the cap's derivative, by what it returned."""
-        return 1.0 if self.soft_cap is None else 1 - jnp.square(capped / self.soft_cap)
 
 
 def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int, out: DTypeLike) -> jax.Array:
@@ -214,12 +203,11 @@ def _sweep(
     def body(sums: Any, chunk: Any) -> Any:
         h, d, c = chunk
         h = h.astype(settings.dtype)
-        capped = settings.cap(_logits(settings, h, cast, bias))
-        outcome = settings.function(capped, d)
+        outcome = settings.function(_logits(settings, h, cast, bias), d)
         values = outcome.terms, outcome.statistics
         if c is None:
             return sums, (values, None)
-        gradient = outcome.gradient(c) * settings.slope_of_cap(capped)
+        gradient = outcome.gradient(c)
         narrow = gradient.astype(settings.dtype)
         by_weight, by_bias = sums
         if of_weight:
@@ -275,7 +263,7 @@ def _recompute(
     def body(_: None, chunk: Any) -> Any:
         h, h_dot, d = chunk
         h = h.astype(settings.dtype)
-        capped = settings.cap(_logits(settings, h, cast, bias))
+        logits = _logits(settings, h, cast, bias)
         products = []
         if h_dot is not None:
             h_dot = h_dot.astype(settings.dtype)
@@ -286,8 +274,8 @@ def _recompute(
         logits_dot: Any = sum(product.astype(settings.wide) for product in products)
         if bias_dot is not None:
             logits_dot += bias_dot
-        logits_dot = jnp.broadcast_to(logits_dot * settings.slope_of_cap(capped), capped.shape)
-        return None, settings.function(capped, d).tangent(logits_dot)
+        logits_dot = jnp.broadcast_to(logits_dot, logits.shape)
+        return None, settings.function(logits, d).tangent(logits_dot)
 
     return _scan(body, None, (hidden, hidden_dot, data), settings.chunk_of(weight.shape))[1]
 

@@ -21,8 +21,8 @@ class LinearCrossEntropy(NamedTuple):
         loss: the cross-entropy in nats, reduced.
         z_loss: the z-loss, its strength included, reduced.
         lse: the log-normalizer of each token, of the shape of the labels, also where ignored.
-        correct: whether the label's logit is each token's largest, the first of equal ones; False
-            where ignored.
+        correct: whether the label's logit, before the soft cap, is each token's largest, the first
+            of equal ones; False where ignored.
         accuracy: the weighted mean of `correct`.
         weight: the sum of the tokens' weights: what a mean divides by. With `reduction="sum"`,
             the totals of microbatches add up to one that is divided by their sum.

@@ -20,7 +20,8 @@ def of_logits(
     )
     if bias is not None:
         logits += bias.astype(settings.wide)
-    logits = settings.cap(logits)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(settings.wide)
+    logits = settings.function.cap(logits)
     smoothing = settings.function.label_smoothing
     log_probabilities = jax.nn.log_softmax(logits)
     of_label = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
@@ -28,7 +29,6 @@ def of_logits(
     if smoothing:
         loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_probabilities, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(settings.wide)
     terms = loss, jnp.square(lse)
     total = None
     if coefficients is not None:

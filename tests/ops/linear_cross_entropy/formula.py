@@ -62,4 +62,4 @@ def by_formula(p, *, z_loss=0.0, label_smoothing=0.0, soft_cap=None, reduction="
         "weights": (of_token - mean) / divisor,
         "z_loss": penalty,
     }
-    return Answer(loss, z_loss * penalty, lse, np.argmax(z, axis=1) == p.labels, gradient)
+    return Answer(loss, z_loss * penalty, lse, np.argmax(raw, axis=1) == p.labels, gradient)

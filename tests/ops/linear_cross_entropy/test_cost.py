@@ -118,7 +118,6 @@ def test_no_product_transposes_its_first_factor(text):
     [(256, 2**19), (32_768, 4096), (131_072, 1024), (128_256, 1024), (2**24, 128)],
 )
 def test_the_chunk_that_is_chosen(words, tokens):
-    settings = Settings(
-        CrossEntropy(0.0, None), None, 1, None, jnp.float32, jnp.float32, jnp.float32
-    )
+    function = CrossEntropy(0.0, None, None)
+    settings = Settings(function, None, 1, jnp.float32, jnp.float32, jnp.float32)
     assert settings.chunk_of((8, words)) == tokens
