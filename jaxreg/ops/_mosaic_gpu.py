@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxreg.ops._epilogue import Over
-from jaxreg.terms import varying_axes
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
 
@@ -169,20 +168,6 @@ def product(
         ),
     )(x, w, handed, *loaded, *[column.astype(jnp.float32) for column in columns])
     return list(outs[: results.stored]), results.total(outs[results.stored :])
-
-
-def varying_as(outs: Any, operands: Any) -> Any:
-    """Mark results as varying over the axes of a `shard_map` that the operands vary over.
-
-    Pallas does not; what is computed with them would be refused.
-    """
-    wanted = varying_axes(*map(jax.typeof, jax.tree.leaves(operands)))
-
-    def mark(out: Any) -> Any:
-        missing = tuple(wanted - varying_axes(jax.typeof(out)))
-        return lax.pcast(out, missing, to="varying") if missing else out
-
-    return jax.tree.map(mark, outs)
 
 
 def _pallas() -> Any:

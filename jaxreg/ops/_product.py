@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxreg.terms import varying_as
+
 from . import _dispatch, _mosaic_gpu, _tuning
 from ._mosaic_gpu import Config, Epilogue, Results
 
@@ -66,7 +68,7 @@ def product(
         return _dispatch.only_on(_mosaic_gpu.PLATFORMS, asked_by, "mosaic_gpu", kernel)
 
     def marked(run: Any) -> Any:
-        return lambda *given: _mosaic_gpu.varying_as(run(*given), given)
+        return lambda *given: varying_as(run(*given), given)
 
     key = _tuning.shape_class(name, m, n, k, x.dtype)
     if asked_by is not None:

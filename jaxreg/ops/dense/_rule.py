@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxreg.ops._epilogue import epilogue
 from jaxreg.ops._product import wins
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_as
 
 from ._mosaic_gpu import forward, kernel_name
 from ._reference import Activation
@@ -84,7 +85,7 @@ def _derivative(
     x, w, b, penalty = primals
     dx, dw, db, dpenalty = tangents
     a, z, moments = layer(activation, keeps_input(activation), asked_by, x, w, b, penalty)
-    dz = product_tangent(x, dx, w, dw)
+    dz = varying_as(product_tangent(x, dx, w, dw), a)
     if not isinstance(db, SymbolicZero):
         dz += db.astype(dz.dtype)
     _, slope = with_slope(activation, a if z is None else z)
