@@ -120,10 +120,17 @@ def _lower_chosen(ctx: Any, *operands: Any, kinds: Any, choices: Any) -> Any:
         backend = ctx.module_context.get_backend(optional=True)
     except RuntimeError:  # compiled for a device that is not there
         backend = None
-    whole = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
+    whole = _is_whole(ctx.module_context.axis_context)
     kind = backend.devices()[0].device_kind if backend and whole else None
     chosen = choices[kinds.index(kind) if kind in kinds else -1]
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+
+
+def _is_whole(context: Any) -> bool:
+    """Return whether no array is split: on one device, or within `shard_map` over all axes."""
+    if hasattr(context, "manual_axes"):
+        return bool(set(context.mesh.axis_names) <= context.manual_axes)
+    return getattr(context, "num_devices", 1) in (None, 1)
 
 
 _choose.def_abstract_eval(lambda *_, choices, **__: choices[-1].out_avals)

@@ -156,3 +156,7 @@ def test_the_device_is_looked_at_when_the_function_is_lowered():
     np.testing.assert_array_equal(here(split), x)
     shards = jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec)
     np.testing.assert_array_equal(jax.jit(shards)(split), 2 * x)
+    # Here the compiler may split them further.
+    both = Mesh(np.array(jax.devices()).reshape(2, -1), ("d", "m"))
+    shards = jax.shard_map(here, mesh=both, in_specs=spec, out_specs=spec, axis_names={"d"})
+    np.testing.assert_array_equal(jax.jit(shards)(x), x)
