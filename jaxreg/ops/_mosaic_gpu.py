@@ -97,6 +97,8 @@ def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.A
             "its matrices must all be bfloat16 or all float16; got"
             f" {', '.join(str(dtype) for dtype in dtypes)}"
         )
+    if any(entry is not None for x in operands for entry in jax.typeof(x).sharding.spec):
+        return "its arrays are split over devices; within `jax.shard_map` it takes its shards'"
     if config(m, n, k, 2) is None:
         return (
             f"{what[0]} and {what[1]} must be multiples of {2 * _ROWS} and {_COLUMNS}, or of"

@@ -93,7 +93,10 @@ def sizes(x: jax.Array, w: jax.Array, transposed: bool = False) -> tuple[int, in
 
 def wins(name: str, x: jax.Array, w: jax.Array, transposed: bool = False) -> bool:
     """Return whether the kernel is recorded to be faster than XLA on any device."""
-    key = _tuning.shape_class(name, *sizes(x, w, transposed), x.dtype)
+    product = sizes(x, w, transposed)
+    if not all(isinstance(size, int) for size in product):
+        return False  # exported before they are known
+    key = _tuning.shape_class(name, *product, x.dtype)
     return any(record.seconds < record.xla for record in _tuning.known(key).values())
 
 
