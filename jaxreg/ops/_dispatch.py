@@ -75,7 +75,8 @@ def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., 
     """Return the function that runs on a device of its kind, and elsewhere the other one.
 
     It is decided where it is lowered. It is the other one for several platforms at once, for a
-    device that is not there, and where arrays may be split over devices, outside of `shard_map`.
+    device that is not there, and where arrays may be split over devices, outside of a `shard_map`
+    over all axes.
     Its derivative is for the caller to define.
     """
     if not kinds:

@@ -135,6 +135,18 @@ def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
         jax.jit(layer).trace(X, W)
 
 
+def test_what_was_measured_before_an_error_is_kept(tmp_path, kernels):
+    file = tmp_path / "tiles.json"
+
+    def interrupted(x):
+        dense(x, W, implementation="mosaic_gpu")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), jr.ops.tuned(file, measure=True, timer=lambda run: 1.0):
+        jax.jit(interrupted).trace(X)
+    assert json.loads(file.read_text())[KIND]
+
+
 def test_a_file_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), jr.ops.tuned(tmp_path / "none.json"):
         pass
