@@ -72,11 +72,14 @@ def forward(
         keep: whether to return the value before the activation.
         asked_by: see `product`.
     """
+    # Traced, as a kernel cannot close over arrays.
+    before = elementwise(activation)
     nodes = [node for node, _ in sums.sums]
 
     def finish(part: jax.Array, _: Any, columns: Any, scalars: Any) -> Any:
         z = part + columns[0]
-        a = activation(z).astype(x.dtype)
+        (a,) = evaluate(before, z, ())
+        a = a.astype(x.dtype)
         # What is measured is what is returned: the rounded activation.
         return (a, z) if keep else (a,), evaluate(nodes, a.astype(jnp.float32), scalars)
 
