@@ -127,7 +127,7 @@ class Results:
         return [jnp.sum(value, axis=None if over == "all" else 0) for value, over in pairs]
 
 
-Epilogue = Callable[
+Finish = Callable[
     [jax.Array, Sequence[jax.Array], Sequence[jax.Array], Sequence[jax.Array]],
     tuple[Sequence[jax.Array], Sequence[jax.Array]],
 ]
@@ -141,7 +141,7 @@ def product(
     scalars: Sequence[jax.Array],
     *,
     tiles: Config,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
     name: str,
@@ -202,7 +202,7 @@ def _body(
     # outputs: stored (m, n); sums, each (tiles, n) by column or (tiles, m) by row
     *refs: Any,
     tiles: Config,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
     loaded: int,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxreg.terms import varying_as
 
 from . import _dispatch, _mosaic_gpu, _tuning
-from ._mosaic_gpu import Config, Epilogue, Results
+from ._mosaic_gpu import Config, Finish, Results
 
 Outcome = tuple[list[jax.Array], list[jax.Array]]
 
@@ -22,7 +22,7 @@ def product(
     loaded: Sequence[jax.Array] = (),
     columns: Sequence[jax.Array] = (),
     scalars: Sequence[jax.Array] = (),
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool = False,
     part: int = 32,
@@ -107,7 +107,7 @@ def _xla(
     columns: Sequence[jax.Array],
     scalars: Sequence[jax.Array],
     *,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
 ) -> Outcome:
