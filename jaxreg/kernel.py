@@ -260,9 +260,9 @@ def _split(penalty: Penalty, x: jax.Array, axis_name: AxisName, path: str) -> tu
     if split and not penalty.entrywise:
         raise ValueError(
             f'`jaxreg.kernel` cannot add up parts of "{path}", which differs along the mesh axes'
-            f" {split}: {type(penalty).__name__} is no sum over single entries. Call the kernel on"
-            " whole arrays, beside the `jax.shard_map` in the same `jit`; along a leading axis"
-            ' `jaxreg.penalize(..., reduction="sum", axis_name=...)` adds up groups.'
+            f" {split}: {type(penalty).__name__} is no sum of one function of entries. Call the"
+            " kernel on whole arrays, beside the `jax.shard_map` in the same `jit`; along a leading"
+            ' axis `jaxreg.penalize(..., reduction="sum", axis_name=...)` adds up groups.'
         )
     return split
 

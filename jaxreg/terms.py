@@ -90,6 +90,21 @@ def varying_axes(*types: Any) -> frozenset[Hashable]:
     return frozenset().union(*(getattr(type_, "manual_axis_type").varying for type_ in types))
 
 
+def varying_as(tree: Any, like: Any) -> Any:
+    """Return arrays that vary over the axes of a `jax.shard_map` that the arrays of `like` do too.
+
+    What does so already stays as it is. Most of JAX's functions do this by themselves; primitives
+    and kernels do not.
+    """
+    wanted = varying_axes(*map(jax.typeof, jax.tree.leaves(like)))
+
+    def mark(array: Any) -> Any:
+        missing = tuple(wanted - varying_axes(jax.typeof(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(mark, tree)
+
+
 def split_axes(tree: Any, axis_name: AxisName) -> tuple[Hashable, ...]:
     """Return those of the axes along which arrays may differ, as far as JAX keeps track of them."""
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)

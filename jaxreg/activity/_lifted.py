@@ -55,6 +55,11 @@ class Call:
         path = "/".join(map(str, module.scope.debug_path)) if module.scope is not None else ""
         return cls(module, Counter(re.findall(r"(\w+)\(", path)), is_call)
 
+    @property
+    def branches(self) -> int:
+        """How many branches lie around it, one within another."""
+        return self.lifts["cond"] + self.lifts["switch"]
+
 
 class Calls:
     """The method calls that are under way in one forward pass, the innermost last.
@@ -67,7 +72,7 @@ class Calls:
         self.collects = collects
         self._level = len(_under_way.get())
         self._stack: list[Call] = []
-        self._branches: dict[str, Measured] = {}
+        self._branches: dict[tuple[str, int], Measured] = {}
         self._grown = False
         self._taken: list[Any] = []
         self._leaving: str | None = None  # said of an error that a transformation raises over it
@@ -150,11 +155,14 @@ class Calls:
             if between[lift]:
                 raise ValueError(f"{_cannot(measured)} out of the `nn.{lift}` around it. {mend}")
         mend = f"{_cannot(measured)} {_ADD_AXIS}"
-        if self.collects and _sow(call, measured):
+        passes = set(between) <= _PASSING
+        # A variable that one branch sows, the others would have to have.
+        beside_only = caller.branches and passes
+        if self.collects and not beside_only and _sow(call, measured):
             stacks = any(between[lift] for lift in _STACKING)
             self._leaving = f"{mend} {_NOT_ELSEWHERE}" if stacks else None
             return out
-        if not set(between) <= _PASSING:
+        if not passes:
             raise ValueError(mend)
         self._leaving = mend
         beside = partial(_Beside, measured=measured, level=self._level, jitted=between["jit"] > 0)
@@ -197,7 +205,8 @@ class Calls:
         traced, so that the forward pass may have to run again.
         """
         assert call.module is not None
-        known = self._branches.setdefault(join(*call.module.path), {})
+        # Those of a branch within a branch are not those of the outer one.
+        known = self._branches.setdefault((join(*call.module.path), call.branches), {})
         filled: Measured = {}
         for path in {**known, **measured}:
             calls, slots = list(measured.get(path, ())), known.get(path, ())
@@ -277,30 +286,35 @@ def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
     return rest, measured
 
 
-def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> Any:
-    """Return the types of a measurement, without what belongs to the trace that it was made in."""
+def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> tuple[Any, tuple[int, ...]]:
+    """Return the types of a measurement, and the axes that scans in the branch have stacked.
+
+    Without what belongs to the trace that it was made in.
+    """
     if isinstance(measured, Parameter):
         penalty = penalties[jax.tree.structure(measured.penalty)]
-        return dataclasses.replace(measured, penalty=penalty)
+        return dataclasses.replace(measured, penalty=penalty), ()
     moments, count = jax.tree.map(jax.typeof, (measured.moments, measured.count))
     bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
     by_structure = {jax.tree.structure(penalty): penalty for penalty in bare}
     penalty = by_structure[jax.tree.structure(measured.penalty)]
-    return dataclasses.replace(measured, penalty=penalty, moments=moments, count=count)
+    stacked = jnp.shape(jax.tree.leaves(measured.penalty)[0])
+    return dataclasses.replace(measured, penalty=penalty, moments=moments, count=count), stacked
 
 
-def _take(measured: list[Any], slot: Any) -> Any:
+def _take(measured: list[Any], placeholder: tuple[Any, tuple[int, ...]]) -> Any:
     """Take out the first that is of a placeholder's type, or return one of an empty batch.
 
     That is worth 0. A parameter's penalty does not depend on the branch.
     """
+    slot, stacked = placeholder
     for i, call in enumerate(measured):
         if _type(call) == _type(slot):
             return measured.pop(i)
     if isinstance(slot, Parameter):
         return slot
     moments, count = jax.tree.map(_zeros, (slot.moments, slot.count))
-    penalty = jax.tree.map(jnp.asarray, slot.penalty)
+    penalty = jax.tree.map(lambda s: jnp.broadcast_to(s, stacked), slot.penalty)
     return dataclasses.replace(slot, penalty=penalty, moments=moments, count=count)
 
 
@@ -310,7 +324,8 @@ def _type(measured: Any) -> tuple[Any, ...]:
         return (jax.tree.structure(measured),)
     sums = jax.tree.leaves((measured.moments, measured.count))
     types = [x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x) for x in sums]
-    return (jax.tree.structure(measured), *types)
+    settings = map(jnp.result_type, jax.tree.leaves(measured.penalty))
+    return (jax.tree.structure(measured), *types, *settings)
 
 
 def _zeros(type_: Any) -> jax.Array:

@@ -75,7 +75,8 @@ def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., 
     """Return the function that runs on a device of its kind, and elsewhere the other one.
 
     It is decided where it is lowered. It is the other one for several platforms at once, for a
-    device that is not there, and where arrays may be split over devices, outside of `shard_map`.
+    device that is not there, and where arrays may be split over devices, outside of a `shard_map`
+    over all axes.
     Its derivative is for the caller to define.
     """
     if not kinds:
@@ -120,10 +121,17 @@ def _lower_chosen(ctx: Any, *operands: Any, kinds: Any, choices: Any) -> Any:
         backend = ctx.module_context.get_backend(optional=True)
     except RuntimeError:  # compiled for a device that is not there
         backend = None
-    whole = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
+    whole = _is_whole(ctx.module_context.axis_context)
     kind = backend.devices()[0].device_kind if backend and whole else None
     chosen = choices[kinds.index(kind) if kind in kinds else -1]
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+
+
+def _is_whole(context: Any) -> bool:
+    """Return whether no array is split: on one device, or within `shard_map` over all axes."""
+    if hasattr(context, "manual_axes"):
+        return bool(set(context.mesh.axis_names) <= context.manual_axes)
+    return getattr(context, "num_devices", 1) in (None, 1)
 
 
 _choose.def_abstract_eval(lambda *_, choices, **__: choices[-1].out_avals)

@@ -5,6 +5,7 @@ entries or over examples, of functions of single entries; what becomes of the su
 plain JAX, outside of the kernel.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jax import lax
 from jax.extend.core import Literal as Constant
 
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_as
 
 Over = Literal["all", "examples"]
 
@@ -195,12 +197,15 @@ def elementwise(function: Callable[[jax.Array], Any]) -> list[Any]:
         NotElementwise: where that is not what it does.
     """
     shape = (8, 128)
-    traced = jax.make_jaxpr(lambda x: jax.tree.leaves(function(x)))(jnp.zeros(shape))
+    traced = jax.make_jaxpr(lambda x: jax.tree.leaves(function(x)))(_array(shape))
     interpreter = _Interpreter(shape, None)
     nodes = interpreter.run(traced.jaxpr, traced.consts, [Node()])
     if interpreter.found or not any(isinstance(node, Node) for node in nodes):
         raise NotElementwise("it is not a function of single entries")
-    return [interpreter.operand(node) for node in nodes]
+    operands = [interpreter.operand(node) for node in nodes]
+    if interpreter.scalars:
+        raise NotElementwise("it reads a traced array, by which it could not be differentiated")
+    return operands
 
 
 def evaluate(
@@ -227,10 +232,21 @@ def evaluate(
             return tile
         if id(operand) not in values:
             operands = [value(o) for o in operand.operands]
-            values[id(operand)] = operand.primitive.bind(*operands, **operand.params)
+            values[id(operand)] = _bind(operand.primitive, operands, operand.params)
         return values[id(operand)]
 
     return [value(node) for node in nodes]
+
+
+def _bind(primitive: Any, operands: Sequence[Any], params: Any) -> Any:
+    # What was traced knows nothing of a `shard_map`; its numbers are the same on every shard.
+    return primitive.bind(*varying_as(list(operands), operands), **params)
+
+
+def _now(operands: Sequence[Any]) -> Any:
+    """Return the context in which what is made of numbers is one, under `jit` as well."""
+    known = operands and not any(isinstance(o, jax.core.Tracer) or o.ndim for o in operands)
+    return jax.ensure_compile_time_eval() if known else contextlib.nullcontext()
 
 
 # A value that is made of sums, where those are not known.
@@ -284,7 +300,8 @@ class _Interpreter:
                 if self.gradient and self._is_column(equation, operands[0]):
                     self.columns.append(operands[0].reshape(-1))
                     return [Column(len(self.columns) - 1, operands[0].dtype)]
-            outs = equation.primitive.bind(*operands, **equation.params)
+            with _now(operands):
+                outs = _bind(equation.primitive, operands, equation.params)
             return list(outs) if equation.primitive.multiple_results else [outs]
         if name == "reduce_sum":
             return [self._sum(operands[0], tuple(equation.params["axes"]))]

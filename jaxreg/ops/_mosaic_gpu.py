@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxreg.ops._epilogue import Over
-from jaxreg.terms import varying_axes
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
 
@@ -98,6 +97,8 @@ def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.A
             "its matrices must all be bfloat16 or all float16; got"
             f" {', '.join(str(dtype) for dtype in dtypes)}"
         )
+    if any(entry is not None for x in operands for entry in jax.typeof(x).sharding.spec):
+        return "its arrays are split over devices; within `jax.shard_map` it takes its shards'"
     if config(m, n, k, 2) is None:
         return (
             f"{what[0]} and {what[1]} must be multiples of {2 * _ROWS} and {_COLUMNS}, or of"
@@ -126,7 +127,7 @@ class Results:
         return [jnp.sum(value, axis=None if over == "all" else 0) for value, over in pairs]
 
 
-Epilogue = Callable[
+Finish = Callable[
     [jax.Array, Sequence[jax.Array], Sequence[jax.Array], Sequence[jax.Array]],
     tuple[Sequence[jax.Array], Sequence[jax.Array]],
 ]
@@ -140,7 +141,7 @@ def product(
     scalars: Sequence[jax.Array],
     *,
     tiles: Config,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
     name: str,
@@ -169,20 +170,6 @@ def product(
         ),
     )(x, w, handed, *loaded, *[column.astype(jnp.float32) for column in columns])
     return list(outs[: results.stored]), results.total(outs[results.stored :])
-
-
-def varying_as(outs: Any, operands: Any) -> Any:
-    """Mark results as varying over the axes of a `shard_map` that the operands vary over.
-
-    Pallas does not; what is computed with them would be refused.
-    """
-    wanted = varying_axes(*map(jax.typeof, jax.tree.leaves(operands)))
-
-    def mark(out: Any) -> Any:
-        missing = tuple(wanted - varying_axes(jax.typeof(out)))
-        return lax.pcast(out, missing, to="varying") if missing else out
-
-    return jax.tree.map(mark, outs)
 
 
 def _pallas() -> Any:
@@ -215,7 +202,7 @@ def _body(
     # outputs: stored (m, n); sums, each (tiles, n) by column or (tiles, m) by row
     *refs: Any,
     tiles: Config,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
     loaded: int,

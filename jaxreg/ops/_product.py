@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxreg.terms import varying_as
+
 from . import _dispatch, _mosaic_gpu, _tuning
-from ._mosaic_gpu import Config, Epilogue, Results
+from ._mosaic_gpu import Config, Finish, Results
 
 Outcome = tuple[list[jax.Array], list[jax.Array]]
 
@@ -20,7 +22,7 @@ def product(
     loaded: Sequence[jax.Array] = (),
     columns: Sequence[jax.Array] = (),
     scalars: Sequence[jax.Array] = (),
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool = False,
     part: int = 32,
@@ -66,7 +68,7 @@ def product(
         return _dispatch.only_on(_mosaic_gpu.PLATFORMS, asked_by, "mosaic_gpu", kernel)
 
     def marked(run: Any) -> Any:
-        return lambda *given: _mosaic_gpu.varying_as(run(*given), given)
+        return lambda *given: varying_as(run(*given), given)
 
     key = _tuning.shape_class(name, m, n, k, x.dtype)
     if asked_by is not None:
@@ -91,7 +93,10 @@ def sizes(x: jax.Array, w: jax.Array, transposed: bool = False) -> tuple[int, in
 
 def wins(name: str, x: jax.Array, w: jax.Array, transposed: bool = False) -> bool:
     """Return whether the kernel is recorded to be faster than XLA on any device."""
-    key = _tuning.shape_class(name, *sizes(x, w, transposed), x.dtype)
+    product = sizes(x, w, transposed)
+    if not all(isinstance(size, int) for size in product):
+        return False  # exported before they are known
+    key = _tuning.shape_class(name, *product, x.dtype)
     return any(record.seconds < record.xla for record in _tuning.known(key).values())
 
 
@@ -102,7 +107,7 @@ def _xla(
     columns: Sequence[jax.Array],
     scalars: Sequence[jax.Array],
     *,
-    epilogue: Epilogue,
+    epilogue: Finish,
     results: Results,
     transposed: bool,
 ) -> Outcome:

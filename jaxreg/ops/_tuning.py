@@ -113,7 +113,7 @@ def tuned(
     was entered, or outside of it, stays as it is.
 
     Args:
-        file: JSON; with `measure` it is written at the end, and need not exist.
+        file: JSON; with `measure` it is written at the end, after an error too, and need not exist.
         measure: whether each product of a kernel that is asked for by name is timed when it is
             traced, unless the file has it: with up to 24 configurations and with XLA, on arrays of
             its shapes, on the default device.
@@ -135,8 +135,8 @@ def tuned(
         yield
     finally:
         _own.reset(token)
-    if measure:
-        path.write_text(_written(own))
+        if measure:
+            path.write_text(_written(own))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

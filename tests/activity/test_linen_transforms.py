@@ -769,6 +769,37 @@ def test_branches_sow_different_penalties_under_one_name():
         np.testing.assert_allclose(terms(i)["code"], expected, rtol=1e-5)
 
 
+def test_branches_hold_branches_and_scans():
+    """Also strengths of several types."""
+    narrow = jr.L1(jnp.bfloat16(0.5))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + 0 * sown(jr.L1(0.3))(self, x), None
+
+    class Model(nn.Module):
+        def setup(self):
+            self.layers = nn.scan(Layer, length=3)()
+
+        def __call__(self, i, x):
+            def inner(module, x):
+                return nn.cond(i > 0, sown(narrow), sown(jr.L2(0.2)), module, x)
+
+            def layers(module, x):
+                return module.layers(x, None)[0].sum()
+
+            return nn.switch(i, [inner, inner, layers, sown(jr.GroupLasso(1))], self, x)
+
+    total = jax.jit(lambda i: jr.activity({})(Model().apply)({}, i, X)[1].total)
+    a = nn.sigmoid(X)
+    for i, (penalty, layers) in enumerate(
+        [(jr.L2(0.2), 1), (jr.L1(0.5), 1), (jr.L1(0.3), 3), (jr.GroupLasso(1.0), 1)]
+    ):
+        expected = layers * jr.penalize(a, penalty)
+        np.testing.assert_allclose(total(i), expected, rtol=1e-5)
+
+
 def test_a_strength_that_is_made_inside_of_a_branch_is_an_error_of_jax():
     def learned(module, x):
         return sown(jr.L1(jnp.mean(x) ** 2))(module, x)

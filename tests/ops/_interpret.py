@@ -1,12 +1,13 @@
-"""Mosaic GPU kernels on the CPU: the one place that knows JAX's interpreter of them."""
+"""Mosaic GPU kernels on the CPU: the one place that knows JAX's interpreter of them, or XLA."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
 
-from jaxreg.ops import _dispatch, _mosaic_gpu
+from jaxreg.ops import _dispatch, _mosaic_gpu, _product
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
@@ -32,4 +33,18 @@ def interpreted(*, dispatched: bool = True) -> Iterator[None]:
         patch.setattr(_mosaic_gpu, "_BLOCKS", 2)
         if not dispatched:
             patch.setattr(_dispatch, "only_on", lambda platforms, op, implementation, run: run)
+        yield
+
+
+@contextlib.contextmanager
+def by_xla() -> Iterator[None]:
+    """Let XLA compute what kernels do: what is around them runs on any JAX and several devices."""
+
+    def product(*operands: Any, tiles: Any, name: str, **settings: Any) -> Any:
+        return _product._xla(*operands, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "__version_info__", (0, 12, 0))
+        patch.setattr(_dispatch, "only_on", lambda platforms, op, implementation, run: run)
+        patch.setattr(_mosaic_gpu, "product", product)
         yield

@@ -121,6 +121,23 @@ def test_bad_operands_are_named():
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), implementation="cuda")
 
 
+def test_an_activation_need_have_no_hash_and_a_batch_no_size():
+    class Scaled:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, z):
+            return 2 * z
+
+    @jax.jit
+    def layer(x):
+        return jr.ops.dense(x, *single(W, B), activation=Scaled(), penalty=L1, reduction="sum")
+
+    (x,) = single(X)
+    batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 5), x.dtype)
+    exported = jax.export.export(layer)(batch)
+    chex.assert_trees_all_close(exported.call(x), layer(x), rtol=1e-6)
+
+
 def half(m=256, n=128, k=128, dtype: Any = jnp.bfloat16) -> Any:
     return jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
 
@@ -139,6 +156,23 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch):
     for sizes in ((255, 128, 128), (256, 127, 128), (256, 128, 100), (1, 1, 1), (128, 128, 64)):
         refused(f"multiples of 256 and 128.*got {', '.join(map(str, sizes))}", half(*sizes))
     refused("the activation is not one that a tile can take", half(), activation=jax.nn.softmax)
+    refused("bias and activation the result would be float32", (*half(), jnp.ones(128)))
+    refused("would be float32", half(), activation=lambda z: z * np.float32(2))
+    # JAX would take the derivative by what a function closes over to be zero.
+    slope = jnp.float32(0.1)
+    with pytest.raises(NotImplementedError, match="it reads a traced array"):
+        jax.grad(
+            lambda a: jr.ops.dense(
+                *half(),
+                activation=lambda z: z * a.astype(z.dtype),
+                penalty=L1,
+                implementation="mosaic_gpu",
+            )[1]
+        )(slope)
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x, w = half()
+        refused("its arrays are split over devices", (jax.reshard(x, PartitionSpec("d")), w))
     refused(
         r"`jaxreg.TemporalDifference` cannot be measured tile by tile: it takes",
         (jnp.ones((2, 128, 128), jnp.bfloat16), half()[1]),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
@@ -147,3 +147,18 @@ def test_inside_shard_map():
     with interpreted(dispatched=False):
         got = step(1, "mosaic_gpu")(w, x)
     assert_close(got, step(1, "xla")(w, x), 0.02)
+
+
+def test_an_activation_that_closes_over_an_array_is_lowered():
+    # A kernel cannot: it would be handed a reference in place of a number.
+    slope = jnp.float32(0.1)
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    layer = functools.partial(
+        jr.ops.dense,
+        activation=lambda z: jnp.maximum(z, (slope * z).astype(z.dtype)),
+        penalty=jr.L1(0.1),
+        implementation="mosaic_gpu",
+    )
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(layer).trace(*operands()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()

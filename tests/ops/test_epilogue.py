@@ -91,6 +91,17 @@ def test_a_setting_that_is_traced_is_handed_over_and_a_number_is_not():
     assert {s.shape for s in handed} == {()}
 
 
+def test_what_is_made_of_an_activations_numbers_is_a_number_under_jit():
+    def both(z):
+        return jax.jvp(
+            lambda z: jnp.where(z > 0, z, jnp.float32(0.5) * 0.5 * z), (z,), (1 + 0 * z,)
+        )
+
+    x = jnp.linspace(-1, 1, 8)
+    got = jax.jit(lambda x: evaluate(elementwise(both), x, []))(x)
+    chex.assert_trees_all_close(got, list(both(x)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("function", [jax.nn.softmax, jnp.cumsum, lambda z: z + jnp.arange(128.0)])
 def test_an_activation_that_looks_around_is_refused(function):
     with pytest.raises(NotElementwise, match=r"it takes|it holds"):

@@ -1,14 +1,19 @@
 """Two dense layers with the penalty of what lies between: the reference, and what is refused."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxreg as jr
+
+from ._interpret import by_xla
 
 RNG = np.random.default_rng(0)
 X, W1, B1 = RNG.normal(size=(6, 5)), RNG.normal(size=(5, 8)), RNG.normal(size=8)
@@ -41,6 +46,55 @@ def test_the_derivative_in_both_modes():
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(h)) + value
 
         check_grads(loss, operands, order=1, modes=["fwd", "rev"], rtol=1e-5)
+
+
+REPLICATED = (P(), P(), P(), P())
+
+
+@pytest.mark.parametrize(
+    ("specs", "argnums"),
+    [
+        ((P("d"), *REPLICATED), (2,)),  # the bias alone: no tangent that varies
+        ((P("d"), *REPLICATED), (0, 1, 2, 3, 4)),
+        # Of a split output each shard would add the penalty's gradient.
+        ((P(), P(), P(), P(None, "d"), P("d")), (0, 1, 2, 3, 4)),
+    ],
+)
+def test_the_rules_around_the_kernels_inside_shard_map(specs, argnums):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    shapes = ((512, 64), (64, 128), (128,), (128, 128), (128,))
+    operands = [jnp.asarray(RNG.normal(size=s) / np.sqrt(s[0]), jnp.bfloat16) for s in shapes]
+
+    def loss(implementation, *operands):
+        y, _, value = jr.ops.mlp(
+            *operands,
+            activation=jax.nn.silu,
+            penalty=jr.L2(1.0) + jr.HoyerSquare(1.0),
+            reduction="sum",
+            axis_name="d",
+            implementation=implementation,
+        )
+        return jax.lax.psum(jnp.sum(jnp.square(y.astype(jnp.float32))), "d") + value
+
+    def step(implementation):
+        gradient = jax.grad(functools.partial(loss, implementation), argnums=argnums)
+
+        def twice(*operands):
+            def of(*chosen):
+                given = dict(zip(argnums, chosen, strict=True))
+                return gradient(*[given.get(i, operand) for i, operand in enumerate(operands)])
+
+            chosen = tuple(operands[i] for i in argnums)
+            return jax.jvp(of, chosen, chosen)
+
+        outs = tuple(specs[i] for i in argnums)
+        return jax.jit(jax.shard_map(twice, mesh=mesh, in_specs=specs, out_specs=(outs, outs)))
+
+    with by_xla():
+        got = step("mosaic_gpu")(*operands)
+    expected = step("xla")(*[operand.astype(jnp.float32) for operand in operands])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(b.dtype), b, atol=0.03 * np.abs(b).max())
 
 
 def test_bad_operands_are_named():

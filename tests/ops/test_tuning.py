@@ -135,6 +135,18 @@ def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
         jax.jit(layer).trace(X, W)
 
 
+def test_what_was_measured_before_an_error_is_kept(tmp_path, kernels):
+    file = tmp_path / "tiles.json"
+
+    def interrupted(x):
+        dense(x, W, implementation="mosaic_gpu")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), jr.ops.tuned(file, measure=True, timer=lambda run: 1.0):
+        jax.jit(interrupted).trace(X)
+    assert json.loads(file.read_text())[KIND]
+
+
 def test_a_file_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), jr.ops.tuned(tmp_path / "none.json"):
         pass
@@ -156,3 +168,7 @@ def test_the_device_is_looked_at_when_the_function_is_lowered():
     np.testing.assert_array_equal(here(split), x)
     shards = jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec)
     np.testing.assert_array_equal(jax.jit(shards)(split), 2 * x)
+    # Here the compiler may split them further.
+    both = Mesh(np.array(jax.devices()).reshape(2, -1), ("d", "m"))
+    shards = jax.shard_map(here, mesh=both, in_specs=spec, out_specs=spec, axis_names={"d"})
+    np.testing.assert_array_equal(jax.jit(shards)(x), x)

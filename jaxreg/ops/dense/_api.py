@@ -100,7 +100,7 @@ def measured(
     f = activation or identity
 
     def reason() -> str | None:
-        return "it takes no mask" if mask is not None else supports(x, w, f, penalty)
+        return "it takes no mask" if mask is not None else supports(x, w, b, f, penalty)
 
     kernel, asked_by = _dispatch.choose("dense", implementation, layer_wins(f, x, w), reason)
     if not kernel:

@@ -4,7 +4,8 @@ Where XLA would read the activation again to measure it, here each tile is measu
 stored.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from jaxreg.ops._mosaic_gpu import Results, refusal
 from jaxreg.ops._product import product, sizes
 from jaxreg.penalties import Penalty
 
+from ._reference import Activation, reference
+
 
 def supports(
-    x: jax.Array, w: jax.Array, activation: Callable[..., Any], penalty: Penalty
+    x: jax.Array, w: jax.Array, b: jax.Array | None, activation: Activation, penalty: Penalty
 ) -> str | None:
     """Return why the kernel cannot run on these operands, or None."""
     what = ("the examples", "features", "the input's features")
@@ -28,6 +31,12 @@ def supports(
         elementwise(activation)
     except NotElementwise as error:
         return f"the activation is not one that a tile can take: {error}"
+    dtype = jax.eval_shape(functools.partial(reference, activation=activation), x, w, b).dtype
+    if dtype != x.dtype:
+        return (
+            f"it stores the matrices' {x.dtype}, and with this bias and activation the result would"
+            f" be {dtype}"
+        )
     try:
         epilogue(penalty, (*x.shape[:-1], w.shape[1]))
     except NotElementwise as error:
@@ -46,7 +55,7 @@ def forward(
     b: jax.Array,
     scalars: Sequence[jax.Array],
     *,
-    activation: Callable[[jax.Array], jax.Array],
+    activation: Activation,
     sums: Epilogue,
     keep: bool,
     asked_by: str | None,
@@ -63,11 +72,14 @@ def forward(
         keep: whether to return the value before the activation.
         asked_by: see `product`.
     """
+    # Traced, as a kernel cannot close over arrays.
+    before = elementwise(activation)
     nodes = [node for node, _ in sums.sums]
 
     def finish(part: jax.Array, _: Any, columns: Any, scalars: Any) -> Any:
         z = part + columns[0]
-        a = activation(z).astype(x.dtype)
+        (a,) = evaluate(before, z, ())
+        a = a.astype(x.dtype)
         # What is measured is what is returned: the rounded activation.
         return (a, z) if keep else (a,), evaluate(nodes, a.astype(jnp.float32), scalars)
 

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxreg.ops._epilogue import epilogue
 from jaxreg.ops._product import wins
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_as
 
 from ._mosaic_gpu import forward, kernel_name
 from ._reference import Activation
@@ -22,18 +23,23 @@ def identity(z: jax.Array) -> jax.Array:
 
 
 # Where f' is a function of f's value, what comes before the activation need not be kept.
-_FROM_OUTPUT: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    identity: jnp.ones_like,
-    jax.nn.relu: lambda a: (a > 0).astype(a.dtype),
-    jax.nn.sigmoid: lambda a: a * (1 - a),
-    jnp.tanh: lambda a: 1 - a * a,
-    jax.nn.tanh: lambda a: 1 - a * a,
-}
+_FROM_OUTPUT: tuple[tuple[Activation, Callable[[jax.Array], jax.Array]], ...] = (
+    (identity, jnp.ones_like),
+    (jax.nn.relu, lambda a: (a > 0).astype(a.dtype)),
+    (jax.nn.sigmoid, lambda a: a * (1 - a)),
+    (jnp.tanh, lambda a: 1 - a * a),
+    (jax.nn.tanh, lambda a: 1 - a * a),
+)
+
+
+def _slope_from_output(activation: Activation) -> Callable[[jax.Array], jax.Array] | None:
+    # A function of one's own need not have a hash.
+    return next((slope for known, slope in _FROM_OUTPUT if known is activation), None)
 
 
 def keeps_input(activation: Activation) -> bool:
     """Return whether the activation's derivative needs what came before it."""
-    return activation not in _FROM_OUTPUT
+    return _slope_from_output(activation) is None
 
 
 def with_slope(activation: Activation, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,8 +49,9 @@ def with_slope(activation: Activation, kept: jax.Array) -> tuple[jax.Array, jax.
         activation: a function of single entries.
         kept: its argument where `keeps_input`, else its value.
     """
-    if activation in _FROM_OUTPUT:
-        return kept, _FROM_OUTPUT[activation](kept)
+    slope = _slope_from_output(activation)
+    if slope is not None:
+        return kept, slope(kept)
     return jax.jvp(activation, (kept,), (jnp.ones_like(kept),))
 
 
@@ -84,7 +91,7 @@ def _derivative(
     x, w, b, penalty = primals
     dx, dw, db, dpenalty = tangents
     a, z, moments = layer(activation, keeps_input(activation), asked_by, x, w, b, penalty)
-    dz = product_tangent(x, dx, w, dw)
+    dz = varying_as(product_tangent(x, dx, w, dw), a)
     if not isinstance(db, SymbolicZero):
         dz += db.astype(dz.dtype)
     _, slope = with_slope(activation, a if z is None else z)

@@ -23,7 +23,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from jaxreg.terms import AxisName
+from jaxreg.terms import AxisName, varying_as
 
 from ._sharding import psum
 
@@ -220,7 +220,7 @@ def _sweep(
         return (by_weight, by_bias), (values, by_hidden)
 
     inputs = hidden, data, coefficients
-    sums = _vary_with(sums, (inputs, weight, bias))
+    sums = varying_as(sums, (inputs, weight, bias))
     # Where the sweep is differentiated itself, for second derivatives, a chunk is computed again.
     (by_weight, by_bias), (values, by_hidden) = _scan(
         body, sums, inputs, settings.chunk_of(weight.shape)
@@ -256,7 +256,7 @@ def _recompute(
     if weight_dot is not None:
         weight_dot = weight_dot.astype(settings.gradient_dtype)
     # So that the transpose adds up over devices after the scan.
-    hidden_dot, weight_dot, bias_dot = _vary_with(
+    hidden_dot, weight_dot, bias_dot = varying_as(
         (hidden_dot, weight_dot, bias_dot), (hidden, weight, data)
     )
 
@@ -301,9 +301,3 @@ def _scan(body: Any, carry: Any, inputs: Any, chunk: int) -> Any:
         jax.checkpoint(body, prevent_cse=False), carry, jax.tree.map(split, inputs)
     )
     return carry, jax.tree.map(join, outputs)
-
-
-def _vary_with(x: Any, others: Any) -> Any:
-    """Return x, of the type under `shard_map` of what is computed from it and the others."""
-    zeros = [jnp.zeros_like(other, shape=()) for other in jax.tree.leaves(others)]
-    return jax.tree.map(lambda leaf: sum((z.astype(leaf.dtype) for z in zeros), leaf), x)

@@ -84,7 +84,7 @@ def mlp(
     check_reduction(reduction)
 
     def reason() -> str | None:
-        return supports(x, w1, w2, activation, penalty)
+        return supports(x, w1, b1, w2, activation, penalty)
 
     recorded = layer_wins(activation, x, w1) or backward_wins(activation, x, w2)
     kernel, asked_by = _dispatch.choose("mlp", implementation, recorded, reason)

@@ -25,10 +25,15 @@ def _kernel_name(activation: Activation) -> str:
 
 
 def supports(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, activation: Activation, penalty: Penalty
+    x: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array | None,
+    w2: jax.Array,
+    activation: Activation,
+    penalty: Penalty,
 ) -> str | None:
     """Return why the kernels cannot run on these operands, or None."""
-    reason = layer_supports(x, w1, activation, penalty)
+    reason = layer_supports(x, w1, b1, activation, penalty)
     if reason is not None:
         return reason
     m, n, _ = sizes(x, w1)

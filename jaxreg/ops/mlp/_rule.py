@@ -9,7 +9,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxreg.ops._epilogue import gradient
 from jaxreg.ops._linear import linear
-from jaxreg.ops._mosaic_gpu import varying_as
 from jaxreg.ops.dense import (
     Activation,
     instantiate,
@@ -19,6 +18,7 @@ from jaxreg.ops.dense import (
     with_slope,
 )
 from jaxreg.penalties import Penalty
+from jaxreg.terms import varying_as, varying_axes
 
 from ._mosaic_gpu import backward
 
@@ -46,7 +46,8 @@ def _derivative(activation: Activation, asked_by: str | None, primals: Any, tang
     keep = keeps_input(activation)
     h, z, moments = layer(activation, keep, asked_by, x, w1, b1, penalty)
     dz = product_tangent(x, dx, w1, dw1)
-    db1 = varying_as(instantiate(db1).astype(dz.dtype), dz)
+    # The kernel's results vary over a `shard_map` as h does: so must what they are cotangents of.
+    dz, db1 = varying_as((dz, instantiate(db1).astype(dz.dtype)), h)
     dy, dh, dmoments = linear(
         functools.partial(_hidden_to_output, activation),
         functools.partial(_output_to_hidden, activation, asked_by),
@@ -83,7 +84,9 @@ def _output_to_hidden(
     # What else is made of the hidden activation would be one more array to read.
     if no_output or not no_hidden:
         return None
-    penalty, dmoments = varying_as((penalty, dmoments), (kept, dy))
+    # Each shard of a split output would add the penalty's gradient.
+    if not varying_axes(jax.typeof(dy)) <= varying_axes(jax.typeof(kept)):
+        return None
     own = gradient(penalty, kept.shape, dmoments)
     rows = [a.reshape(-1, a.shape[-1]) for a in (dy, kept)]
     dz, db1 = backward(
