@@ -115,6 +115,8 @@ def test_bad_operands_are_named():
         jr.ops.dense(jnp.ones((6, 5), int), w, b, penalty=jr.L1(0.1))
     with pytest.raises(TypeError, match=r"dense\(penalty=\.\.\.\)` must be a Penalty; got 0\.1"):
         jr.ops.dense(x, w, b, penalty=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"activation must return .*; got \(6,\) for \(6, 8\)"):
+        jr.ops.dense(x, w, b, penalty=jr.L1(0.1), activation=lambda z: z.sum(-1))
     with pytest.raises(ValueError, match="A reduction must be one of"):
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), reduction="average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be None or one of 'xla', 'mosaic_gpu'; got 'cuda'"):

@@ -54,8 +54,9 @@ def dense(
 
     Raises:
         TypeError: for integer operands, or a penalty that is none.
-        ValueError: for shapes that do not match, an unknown reduction or implementation; with
-            `axis_name`, for a penalty that does not add up over the leading axis.
+        ValueError: for shapes that do not match, an activation that changes the shape, an unknown
+            reduction or implementation; with `axis_name`, for a penalty that does not add up over
+            the leading axis.
         NotImplementedError: where an implementation that was asked for by name cannot run; it says
             why. On another platform than the kernel's it is raised when the function is lowered.
 
