@@ -187,7 +187,7 @@ def rows(smoke: bool, rounds: int) -> Iterator[Row]:
 
 def main(shape: Shape = COMPILED, chunk: int = 1024) -> None:
     """Print the temporary memory of programs for devices that are not there."""
-    from .aot import DEVICES, report
+    from .aot import DEVICES, compiled_for
 
     tokens, features, words = shape
     for device in DEVICES:
@@ -209,20 +209,15 @@ def main(shape: Shape = COMPILED, chunk: int = 1024) -> None:
                 )
             baseline = None
             for name, loss in losses.items():
-                # The first two arguments are donated: neither of the arrays is.
-                function = functools.partial(_without_two, with_gradient(loss))
-                cost = report(function, ((), (), *arrays), device)
-                baseline = baseline or cost
-                share = cost["temporary"] / baseline["temporary"]
+                program = compiled_for(with_gradient(loss), arrays, device)
+                temporary = program.memory_analysis().temp_size_in_bytes
+                baseline = baseline or temporary
+                share = temporary / baseline
                 print(
                     f"{device:8} {jnp.dtype(weight)!s:9} {name:34}"
-                    f" {cost['temporary'] / 1e9:7.3f} GB {share:6.3f} ÷ logits",
+                    f" {temporary / 1e9:7.3f} GB {share:6.3f} ÷ logits",
                     flush=True,
                 )
-
-
-def _without_two(function: Any, _: Any, __: Any, *arrays: Any) -> Any:
-    return function(*arrays)
 
 
 if __name__ == "__main__":
