@@ -106,7 +106,7 @@ def varying_as(tree: Any, like: Any) -> Any:
 
 
 def split_axes(tree: Any, axis_name: AxisName) -> tuple[Hashable, ...]:
-    """Return those of the axes along which arrays may differ, as far as JAX keeps track of them."""
+    """Return the axes along which arrays may differ: those that JAX does not keep track of, too."""
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     differ = varying_axes(*map(jax.typeof, jax.tree.leaves(tree)))
     return tuple(axis for axis in axes if axis in differ or not is_tracked(axis))

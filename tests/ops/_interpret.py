@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxreg.ops import _dispatch, _mosaic_gpu, _product
@@ -34,6 +35,13 @@ def interpreted(*, dispatched: bool = True) -> Iterator[None]:
         if not dispatched:
             patch.setattr(_dispatch, "only_on", lambda platforms, op, implementation, run: run)
         yield
+
+
+def assert_close(got: Any, expected: Any, rtol: float) -> None:
+    """Compare by the largest entry: a product's rounding errors are not relative to each entry."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        b = np.asarray(b, np.float64)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=rtol * np.abs(b).max())
 
 
 @contextlib.contextmanager

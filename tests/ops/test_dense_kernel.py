@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
 
-from ._interpret import interpreted, needs_kernels
+from ._interpret import assert_close, interpreted, needs_kernels
 
 pytestmark = needs_kernels
 M, N, K = 256, 128, 64
@@ -28,13 +28,6 @@ def loss(x, w, b, penalty, activation, implementation="mosaic_gpu"):
         x, w, b, activation=activation, penalty=penalty, implementation=implementation
     )
     return jnp.sum(jnp.square(a.astype(value.dtype))) / M + value, (a, value)
-
-
-def assert_close(got, expected, rtol):
-    """Compare by the largest entry: a product's rounding errors are not relative to each entry."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        b = np.asarray(b, np.float64)
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=rtol * np.abs(b).max())
 
 
 # The other activations and penalties are those of `test_mlp_kernel.py`, which runs the same kernel.

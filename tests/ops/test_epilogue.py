@@ -12,6 +12,8 @@ import jaxreg as jr
 from jaxreg.ops._epilogue import NotElementwise, elementwise, epilogue, evaluate, gradient
 from tests.registry import CASES
 
+from ._penalties import Root
+
 # Those of the registry that a kernel can measure.
 TILED = {
     *("L1", "L2", "L1L2", "Huber", "RangeHinge", "RangeHinge-squared", "L0", "HardConcrete"),
@@ -68,15 +70,6 @@ def test_gradients_of_moments_are_those_of_single_entries(case):
 
 
 def test_a_gradient_that_needs_the_sums_says_so():
-    class Root(jr.Penalty):
-        strength: Any
-
-        def moments(self, x, where=None):
-            return jnp.sqrt(jnp.sum(jnp.square(x)))
-
-        def finish(self, moments, count):
-            return self.strength * moments
-
     assert epilogue(Root(0.1), (8, 4)).sums
     with pytest.raises(NotElementwise, match="its gradient needs the sums themselves"):
         gradient(Root(0.1), (8, 4), jnp.float32(1))

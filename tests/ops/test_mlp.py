@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 import jaxreg as jr
 
 from ._interpret import by_xla
+from ._penalties import Root
 
 RNG = np.random.default_rng(0)
 X, W1, B1 = RNG.normal(size=(6, 5)), RNG.normal(size=(5, 8)), RNG.normal(size=8)
@@ -132,14 +133,4 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch):
     refused("and the input's features of 64; got 256, 100, 64", hidden=100)
     refused("and the output's features of 64; got 256, 128, 100", out=100)
     refused("the activation is not one that a tile can take", activation=jax.nn.softmax)
-
-    class Root(jr.Penalty):
-        strength: Any
-
-        def moments(self, x, where=None):
-            return jnp.sqrt(jnp.sum(jnp.square(x)))
-
-        def finish(self, moments, count):
-            return self.strength * moments
-
     refused("the gradient of `jaxreg.Root` cannot be taken tile by tile", penalty=Root(0.1))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
 
-from ._interpret import interpreted, needs_kernels
+from ._interpret import assert_close, interpreted, needs_kernels
 
 pytestmark = needs_kernels
 M, D, N, K = 256, 64, 128, 64
@@ -33,13 +33,6 @@ def loss(*operands, penalty, activation, implementation="mosaic_gpu", hidden=Fal
     )
     of_hidden = jnp.sum(jnp.cos(h.astype(value.dtype))) if hidden else 0
     return jnp.sum(jnp.square(y.astype(value.dtype))) + of_hidden + value
-
-
-def assert_close(got, expected, rtol):
-    """Compare by the largest entry: a product's rounding errors are not relative to each entry."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        b = np.asarray(b, np.float64)
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=rtol * np.abs(b).max())
 
 
 # So strong that the penalty has a good part in each gradient.

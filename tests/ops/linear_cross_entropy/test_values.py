@@ -319,6 +319,12 @@ def test_equal_logits_count_the_first_as_largest():
     assert result.accuracy == 0.25
 
 
+def test_correct_is_told_before_the_soft_cap_makes_logits_equal():
+    weight = jnp.array([[1e4, 2e4]])
+    result = jr.ops.linear_cross_entropy(jnp.ones((2, 1)), weight, np.arange(2), soft_cap=5.0)
+    np.testing.assert_array_equal(result.correct, [False, True])
+
+
 def test_traced_labels_out_of_range_make_nan_and_never_another_class():
     p = problem()
 
