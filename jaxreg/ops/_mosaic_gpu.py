@@ -1,11 +1,13 @@
 """A matrix product on Hopper whose epilogue is one's own.
 
-A persistent grid; in each block one warpgroup loads tiles by TMA and two multiply them. What an
-epilogue sums goes to a slot for each tile, without atomics, so that the result is deterministic.
+A persistent grid; in each block one warpgroup loads tiles by TMA into a ring of buffers and two
+multiply them. What an epilogue sums goes to a slot for each tile, without atomics, so that the
+result is deterministic.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,69 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxreg.ops import _tiles
 from jaxreg.ops._epilogue import Over
+from jaxreg.ops._tiles import COLUMNS, DEPTH, ROWS, Config, Problem
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
 
-# H100's and H200's multiprocessors. A GPU with fewer runs the rest of the grid after the first.
-_BLOCKS = 132
-_SHARED_MEMORY = 232_448
-_ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # a warpgroup's tile; its accumulator is 128 registers
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the output is tiled.
-
-    Args:
-        stacked: whether a block's two warpgroups lie above each other, or side by side.
-        stages: how many steps of the product are loaded ahead.
-        width: how many blocks' columns are walked through before the next rows.
-        part: how many columns go through the epilogue at a time.
-    """
-
-    stacked: bool
-    stages: int
-    width: int = 8
-    part: int = 32
-
-    @property
-    def rows(self) -> int:
-        """A block's rows."""
-        return _ROWS * (2 if self.stacked else 1)
-
-    @property
-    def columns(self) -> int:
-        """A block's columns."""
-        return _COLUMNS * (1 if self.stacked else 2)
-
-
-def config(m: int, n: int, k: int, arrays: int, part: int = 32) -> Config | None:
-    """Return the heuristic's configuration for an (m, k) by (k, n) product; None if there is none.
-
-    Args:
-        m: rows.
-        n: columns.
-        k: depth.
-        arrays: how many arrays of the output's shape the epilogue stores and loads.
-        part: how many columns go through the epilogue at a time; fewer take fewer registers.
-    """
-    for stacked in (True, False):
-        for stages in (4, 3, 2, 1):
-            tiles = Config(stacked, stages, part=part)
-            if fits(tiles, m, n, k, arrays):
-                return tiles
-    return None
-
-
-def fits(tiles: Config, m: int, n: int, k: int, arrays: int) -> bool:
-    """Return whether these tiles divide the product, and shared memory holds them; see `config`."""
-    divide = m and n and k and not (m % tiles.rows or n % tiles.columns or k % _DEPTH)
-    loaded = tiles.stages * 2 * _DEPTH * (tiles.rows + tiles.columns)
-    buffers = arrays * 2 * 2 * 2 * _ROWS * tiles.part
-    # 4 KiB for the barriers and the sums' own scratch.
-    held = loaded + buffers + 4096 <= _SHARED_MEMORY
-    return bool(divide) and held and tiles.stages <= k // _DEPTH
+# Of the loading warpgroup and of the two that multiply: together no more than a block has.
+_REGISTERS = 40, 232
 
 
 def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.Array) -> str | None:
@@ -89,8 +36,9 @@ def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.A
         what: what the three are called.
         operands: arrays that must be of one narrow type.
     """
-    if jax.__version_info__ < (0, 12):
-        return f"its kernel needs JAX 0.12 or newer; this is JAX {jax.__version__}"
+    sizes, multiples = (m, n, k), (2 * ROWS, COLUMNS, DEPTH)
+    if jax.__version_info__ < (0, 11):
+        return f"its kernel needs JAX 0.11 or newer; this is JAX {jax.__version__}"
     dtypes = [operand.dtype for operand in operands]
     if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.bfloat16, jnp.float16):
         return (
@@ -99,10 +47,10 @@ def refusal(m: int, n: int, k: int, what: tuple[str, str, str], *operands: jax.A
         )
     if any(entry is not None for x in operands for entry in jax.typeof(x).sharding.spec):
         return "its arrays are split over devices; within `jax.shard_map` it takes its shards'"
-    if config(m, n, k, 2) is None:
+    if not all(sizes) or any(map(operator.mod, sizes, multiples)):
         return (
-            f"{what[0]} and {what[1]} must be multiples of {2 * _ROWS} and {_COLUMNS}, or of"
-            f" {_ROWS} and {2 * _COLUMNS}, and {what[2]} of {_DEPTH}; got {m}, {n}, {k}"
+            f"{what[0]}, {what[1]} and {what[2]} must be multiples of"
+            f" {', '.join(map(str, multiples))}; got {m}, {n}, {k}"
         )
     return None
 
@@ -133,6 +81,11 @@ Finish = Callable[
 ]
 
 
+def problem(m: int, n: int, k: int, loaded: int, columns: int, results: Results) -> Problem:
+    """Return the product as tiles are chosen for it."""
+    return Problem(m, n, k, max(loaded, results.stored), columns, results.by_column)
+
+
 def product(
     x: jax.Array,
     w: jax.Array,
@@ -147,26 +100,40 @@ def product(
     name: str,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return what the epilogue stores, and the sums of what it sums; see `ops._product`."""
-    m, n = x.shape[0], w.shape[0 if transposed else 1]
-    slots = (m // _ROWS, n) if results.by_column else (n // _COLUMNS, m)
+    (m, k), n = x.shape, w.shape[0 if transposed else 1]
+    sizes = problem(m, n, k, len(loaded), len(columns), results)
+    slots = (m // ROWS, n) if results.by_column else (n // COLUMNS, m)
     array: Any = jax.ShapeDtypeStruct
     # At least one, as an operand must not be empty.
     handed = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars or [jnp.zeros(())]])
-    outs = _call(
-        functools.partial(
-            _body,
-            tiles=tiles,
-            epilogue=epilogue,
-            results=results,
-            transposed=transposed,
-            loaded=len(loaded),
-            columns=len(columns),
-            scalars=len(scalars),
-        ),
-        name,
-        out=(
+    plgpu = _pallas()
+    body = functools.partial(
+        _body,
+        tiles=tiles,
+        sizes=sizes,
+        epilogue=epilogue,
+        results=results,
+        transposed=transposed,
+        loaded=len(loaded),
+        columns=len(columns),
+        scalars=len(scalars),
+    )
+    outs = plgpu.kernel(
+        body,
+        out_type=(
             *[array((m, n), x.dtype)] * results.stored,
             *[array(slots, jnp.float32)] * len(results.summed),
+        ),
+        grid=(_tiles.BLOCKS // tiles.blocks,),
+        grid_names=("cluster",),
+        cluster=(tiles.blocks,),
+        cluster_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            reduction_scratch_bytes=sizes.scratch,
         ),
     )(x, w, handed, *loaded, *[column.astype(jnp.float32) for column in columns])
     return list(outs[: results.stored]), results.total(outs[results.stored :])
@@ -179,18 +146,12 @@ def _pallas() -> Any:
     return mosaic_gpu
 
 
-def _call(body: Callable[..., None], name: str, out: Any) -> Any:
-    plgpu = _pallas()
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(_BLOCKS,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
+def _store(ref: Any, values: jax.Array) -> None:
+    """Store a part's sums, which need not fill the lines of 128 bytes."""
+    if jax.__version_info__ < (0, 12):
+        ref[...] = values
+    else:
+        _pallas().store(ref, values, optimized=False)
 
 
 def _body(
@@ -202,6 +163,7 @@ def _body(
     # outputs: stored (m, n); sums, each (tiles, n) by column or (tiles, m) by row
     *refs: Any,
     tiles: Config,
+    sizes: Problem,
     epilogue: Finish,
     results: Results,
     transposed: bool,
@@ -210,139 +172,292 @@ def _body(
     scalars: int,
 ) -> None:
     plgpu = _pallas()
-    (m, k), n, dtype = x_ref.shape, w_ref.shape[0 if transposed else 1], x_ref.dtype
+    dtype = x_ref.dtype
     loaded_refs, refs = refs[:loaded], refs[loaded:]
     column_refs, refs = refs[:columns], refs[columns:]
     stored_refs, sum_refs = refs[: results.stored], refs[results.stored :]
-    grid = (m // tiles.rows, n // tiles.columns)
-    parts = _COLUMNS // tiles.part
+
+    resident, together = tiles.schedule == "resident", tiles.schedule == "together"
+    # In turns, each of the two warpgroups has steps of its own in the ring.
+    turns = 1 if together else 2
+    steps, parts = sizes.k // DEPTH, COLUMNS // tiles.part
+    chunks = tiles.chunks(sizes)
+    pairs = sizes.m // (2 * ROWS * chunks)
+    grid = (chunks, sizes.n // (COLUMNS * tiles.blocks))
 
     def swizzled(columns: int) -> tuple[Any, ...]:
         swizzle = plgpu.find_swizzle(columns * 16)
         return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
-    def pipeline(step: Callable[..., Any], compute: Callable[..., Any]) -> Any:
-        w_shape = (tiles.columns, _DEPTH) if transposed else (_DEPTH, tiles.columns)
-        return plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(k // _DEPTH,),
-            memory_registers=40,
-            in_specs=[
-                plgpu.BlockSpec(
-                    (tiles.rows, _DEPTH), lambda i: (0, i), transforms=swizzled(_DEPTH)
-                ),
-                plgpu.BlockSpec(
-                    w_shape,
-                    (lambda i: (0, i)) if transposed else (lambda i: (i, 0)),
-                    transforms=swizzled(64),
-                ),
-            ],
-            wg_axis="warpgroup",
-            num_compute_wgs=2,
-            max_concurrent_steps=tiles.stages,
-            compute_context=compute,
+    barriers = 2 * tiles.stages
+    freed = plgpu.Barrier(num_arrivals=tiles.high, num_barriers=barriers)
+    if tiles.paired:  # by both blocks
+        freed = plgpu.ClusterBarrier(
+            collective_axes=("block",), num_arrivals=tiles.high, num_barriers=barriers
         )
-
-    def nothing(*_: Any, **__: Any) -> None: ...
-
-    buffer = plgpu.SMEM((2, 2, _ROWS, tiles.part), dtype, transforms=swizzled(tiles.part))
+    w_shape = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
+    part_buffer = plgpu.SMEM(
+        (2, tiles.slots, ROWS, tiles.part), dtype, transforms=swizzled(tiles.part)
+    )
 
     @functools.partial(
         pl.run_scoped,
-        allocations=pipeline(nothing, nothing).get_allocations(x_ref, w_ref),
-        loads=[buffer] * loaded,
-        arrived=[plgpu.Barrier(num_barriers=4)] * loaded,
-        stores=[buffer] * results.stored,
+        x_ring=plgpu.SMEM(
+            (tiles.stages, ROWS * tiles.high, DEPTH), dtype, transforms=swizzled(DEPTH)
+        ),
+        w_ring=plgpu.SMEM(
+            (steps if resident else tiles.stages, *w_shape), dtype, transforms=swizzled(64)
+        ),
+        full=plgpu.Barrier(num_arrivals=1 if resident else 2, num_barriers=barriers),
+        freed=freed,
+        w_full=plgpu.Barrier(num_arrivals=steps),
+        w_freed=plgpu.Barrier(num_arrivals=2),
+        buffers=[part_buffer] * sizes.arrays,
+        arrived=[plgpu.Barrier(num_barriers=2 * tiles.slots)] * loaded,
+        column_buffers=[plgpu.SMEM((2, COLUMNS), jnp.float32)] * columns,
+        columns_arrived=[plgpu.Barrier(num_barriers=2)] * columns,
+        sums_turn=plgpu.Barrier(num_barriers=2),
         collective_axes="warpgroup",
     )
-    def _(allocations: Any, loads: Any, arrived: Any, stores: Any) -> None:
+    def _(
+        x_ring: Any,
+        w_ring: Any,
+        full: Any,
+        freed: Any,
+        w_full: Any,
+        w_freed: Any,
+        buffers: Any,
+        arrived: Any,
+        column_buffers: Any,
+        columns_arrived: Any,
+        sums_turn: Any,
+    ) -> None:
         mine = lax.axis_index("warpgroup")
 
-        def tile(loop: Any) -> None:
-            i, j = plgpu.planar_snake(loop.index[0], grid, 1, tiles.width)
-            # In warpgroups' tiles.
-            row = i * 2 + mine if tiles.stacked else i
-            column = j if tiles.stacked else j * 2 + mine
-            rows = pl.ds(row * _ROWS, _ROWS)
+        def walk(work: Callable[[Any, Any, Any, jax.Array], jax.Array]) -> jax.Array:
+            """Do the block's pieces of work; carry the place in the ring."""
+
+            def piece(loop: Any, carry: jax.Array) -> jax.Array:
+                chunk, j = plgpu.planar_snake(loop.index[0], grid, 1, tiles.width)
+                j = j * tiles.blocks + lax.axis_index("block")
+                return work(loop.local_index, chunk * pairs, j, carry)
+
+            loop = plgpu.nd_loop(
+                (grid[0] * grid[1],), collective_axes="cluster", init_carry=jnp.int32(0)
+            )
+            end: jax.Array = loop(piece)
+            return end
+
+        def after(slot: jax.Array) -> jax.Array:
+            # Not a remainder, which takes more registers.
+            return jnp.where(slot == tiles.stages - 1, 0, slot + 1)
+
+        def before(slot: jax.Array) -> jax.Array:
+            return jnp.where(slot == 0, tiles.stages - 1, slot - 1)
+
+        def skip(slot: jax.Array) -> jax.Array:
+            """Return the place that is a tile's steps later."""
+            later = slot + steps % tiles.stages
+            return jnp.where(later >= tiles.stages, later - tiles.stages, later)
+
+        def load() -> None:
+            plgpu.set_max_registers(_REGISTERS[0], action="decrease")
+
+            def load_w(step: Any, j: Any, buffer: Any, barrier: Any) -> None:
+                depth, its_columns = pl.ds(step * DEPTH, DEPTH), pl.ds(j * COLUMNS, COLUMNS)
+                at = (its_columns, depth) if transposed else (depth, its_columns)
+                plgpu.copy_gmem_to_smem(w_ref.at[at], buffer, barrier)
+
+            def work(piece: Any, first: Any, j: Any, slot: jax.Array) -> jax.Array:
+                if resident:
+
+                    @pl.when(piece > 0)
+                    def _() -> None:
+                        plgpu.barrier_wait(w_freed)
+
+                    for step in range(steps):
+                        load_w(step, j, w_ring.at[step], w_full)
+
+                def load_step(turn: int, pair: Any, step: Any, slot: jax.Array) -> jax.Array:
+                    rows = pl.ds(((first + pair) * 2 + turn) * ROWS, ROWS * tiles.high)
+                    again = step >= tiles.stages
+                    # The ring is no longer than a tile's steps: whose was what lies here?
+                    before = jnp.where(again, turn, turns - 1 - turn)
+
+                    @pl.when(again | (piece > 0) | (pair > 0) | (turn > 0))
+                    def _() -> None:
+                        plgpu.barrier_wait(freed.at[before * tiles.stages + slot])
+
+                    barrier = full.at[turn * tiles.stages + slot]
+                    plgpu.copy_gmem_to_smem(
+                        x_ref.at[rows, pl.ds(step * DEPTH, DEPTH)],
+                        x_ring.at[slot],
+                        barrier,
+                        collective_axes="block" if tiles.paired else None,
+                    )
+                    if not resident:
+                        load_w(step, j, w_ring.at[slot], barrier)
+                    return after(slot)
+
+                def load_pair(pair: Any, slot: jax.Array) -> jax.Array:
+                    for turn in range(turns):
+                        one = functools.partial(load_step, turn, pair)
+                        slot = lax.fori_loop(0, steps, one, slot)
+                    return slot
+
+                return lax.fori_loop(0, pairs, load_pair, slot)
+
+            slot = walk(work)
+
+            # No block may end while another tells it what is free.
+            @pl.when(lax.axis_index("cluster") < grid[0] * grid[1])
+            def _() -> None:
+                if resident:
+                    plgpu.barrier_wait(w_freed)
+
+                def wait(_: Any, slot: jax.Array) -> jax.Array:
+                    plgpu.barrier_wait(freed.at[(turns - 1) * tiles.stages + slot])
+                    return after(slot)
+
+                lax.fori_loop(0, tiles.stages, wait, slot)
+
+        def multiply() -> None:
+            plgpu.set_max_registers(_REGISTERS[1], action="increase")
+
+            @pl.when(mine == 1)
+            def _() -> None:
+                plgpu.barrier_arrive(sums_turn.at[0])
+
+            def work(_: Any, first: Any, j: Any, slot: jax.Array) -> jax.Array:
+                if resident:
+                    plgpu.barrier_wait(w_full)
+
+                def turn_of(pair: Any, slot: jax.Array) -> jax.Array:
+                    # The other one's steps are half a turn of both.
+                    own = slot if together else jnp.where(mine == 0, slot, skip(slot))
+                    tile((first + pair) * 2 + mine, j, own)
+                    return skip(slot) if together else skip(skip(slot))
+
+                slot = lax.fori_loop(0, pairs, turn_of, slot)
+                if resident:
+                    plgpu.barrier_arrive(w_freed)
+                return slot
+
+            walk(work)
+
+            @pl.when(mine == 0)
+            def _() -> None:
+                plgpu.barrier_wait(sums_turn.at[0])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def tile(row: Any, j: Any, first: jax.Array) -> None:
+            rows = pl.ds(row * ROWS, ROWS)
 
             def at(part: int) -> Any:
-                return pl.ds(column * _COLUMNS + part * tiles.part, tiles.part)
+                return pl.ds(j * COLUMNS + part * tiles.part, tiles.part)
 
             def fetch(part: int) -> None:
-                for ref, slots, barriers in zip(loaded_refs, loads, arrived, strict=True):
-                    slot, barrier = slots.at[mine, part % 2], barriers.at[mine * 2 + part % 2]
-                    plgpu.copy_gmem_to_smem(ref.at[rows, at(part)], slot, barrier)
+                slot = part % tiles.slots
+                for ref, slots, barriers in zip(loaded_refs, buffers, arrived, strict=False):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[rows, at(part)],
+                        slots.at[mine, slot],
+                        barriers.at[mine * tiles.slots + slot],
+                    )
 
-            def compute(run: Callable[..., Any]) -> None:
-                for part in range(2):
-                    fetch(part)
+            # What is stored leaves from where what is loaded has arrived.
+            if loaded:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for part in range(min(tiles.slots, parts)):
+                fetch(part)
+            for ref, held, barriers in zip(
+                column_refs, column_buffers, columns_arrived, strict=True
+            ):
+                plgpu.copy_gmem_to_smem(
+                    ref.at[pl.ds(j * COLUMNS, COLUMNS)], held.at[mine], barriers.at[mine]
+                )
 
-                @functools.partial(pl.run_scoped, sum_ref=plgpu.ACC((_ROWS, _COLUMNS), jnp.float32))
-                def _(sum_ref: Any) -> None:
-                    run(sum_ref)
-                    finish(sum_ref[...])
+            turn = 0 if together else mine * tiles.stages
 
-            def arrive(part: int) -> list[jax.Array]:
-                tiles = []
-                for slots, barriers in zip(loads, arrived, strict=True):
-                    plgpu.barrier_wait(barriers.at[mine * 2 + part % 2])
-                    tiles.append(slots[mine, part % 2])
-                return tiles
+            def multiply_step(sum_ref: Any, step: Any, slot: jax.Array) -> jax.Array:
+                plgpu.barrier_wait(full.at[turn + slot])
+                x_tile = x_ring.at[slot]
+                if together:
+                    x_tile = x_ring.at[slot, pl.ds(mine * ROWS, ROWS)]
+                w_tile = w_ring.at[step if resident else slot]
+                plgpu.wgmma(sum_ref, x_tile, w_tile.transpose((1, 0)) if transposed else w_tile)
+                # All but this step's are done.
+                plgpu.wgmma_wait(1)
 
-            def vector(ref: Any, part: int) -> jax.Array:
+                @pl.when(step > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(freed.at[turn + before(slot)])
+
+                return after(slot)
+
+            def vector(held: Any, part: int) -> jax.Array:
                 layout = plgpu.Layout.WGMMA.reduce(0)
-                values = plgpu.load(ref.at[at(part)], layout=layout, optimized=False)
-                return lax.broadcast_in_dim(values, (_ROWS, tiles.part), (1,))
+                its_part = held.at[mine, pl.ds(part * tiles.part, tiles.part)]
+                values = plgpu.load(its_part, layout=layout, optimized=False)
+                return lax.broadcast_in_dim(values, (ROWS, tiles.part), (1,))
 
             def finish(product: jax.Array) -> None:
-                by_row: list[Any] = [0.0] * len(sum_refs)
                 numbers = [scalars_ref[s] for s in range(scalars)]
-                for part in range(parts):
-                    whole, summed = epilogue(
-                        product[:, part * tiles.part : (part + 1) * tiles.part],
-                        arrive(part),
-                        [vector(ref, part) for ref in column_refs],
-                        numbers,
+                for barriers in columns_arrived:
+                    plgpu.barrier_wait(barriers.at[mine])
+                sums = [
+                    finish_part(
+                        product[:, part * tiles.part : (part + 1) * tiles.part], part, numbers
                     )
-                    # The copy of two parts ago has left its buffer.
-                    plgpu.wait_smem_to_gmem(len(stored_refs), wait_read_only=True)
-                    for ref, slots, value in zip(stored_refs, stores, whole, strict=True):
-                        slot = slots.at[mine, part % 2]
-                        slot[...] = value.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(slot, ref.at[rows, at(part)])
-                    # All have read what was loaded: they have met, to store.
-                    if part + 2 < parts:
-                        fetch(part + 2)
-                    for s, (ref, value) in enumerate(zip(sum_refs, summed, strict=True)):
-                        if results.by_column:
-                            plgpu.store(
-                                ref.at[row, at(part)], jnp.sum(value, axis=0), optimized=False
-                            )
-                        else:
-                            by_row[s] += jnp.sum(value, axis=1)
-                for ref, total in zip(sum_refs, by_row, strict=True):
-                    if not results.by_column:
-                        ref[column, rows] = total
-
-            def step(_: Any, x_tile: Any, w_tile: Any, sum_ref: Any) -> Any:
-                if tiles.stacked:
-                    x_tile = x_tile.at[pl.ds(mine * _ROWS, _ROWS)]
-                elif transposed:
-                    w_tile = w_tile.at[pl.ds(mine * _COLUMNS, _COLUMNS)]
+                    for part in range(parts)
+                ]
+                if results.by_column:
+                    store_by_column(sums)
                 else:
-                    w_tile = w_tile.at[:, pl.ds(mine * _COLUMNS, _COLUMNS)]
-                plgpu.wgmma(sum_ref, x_tile, w_tile.transpose((1, 0)) if transposed else w_tile)
+                    for ref, of_parts in zip(sum_refs, zip(*sums, strict=True), strict=True):
+                        ref[j, rows] = functools.reduce(operator.add, of_parts)
+
+            def finish_part(product: jax.Array, part: int, numbers: Any) -> list[jax.Array]:
+                slot = part % tiles.slots
+                if not loaded:
+                    # What was stored from this buffer has left it.
+                    outstanding = results.stored * (tiles.slots - 1)
+                    plgpu.wait_smem_to_gmem(outstanding, wait_read_only=True)
+                elif part > 0 and tiles.slots <= part + 1 < parts:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    fetch(part + 1)
+                given = []
+                for slots, barriers in zip(buffers, arrived, strict=False):
+                    plgpu.barrier_wait(barriers.at[mine * tiles.slots + slot])
+                    given.append(slots[mine, slot])
+                vectors = [vector(held, part) for held in column_buffers]
+                whole, summed = epilogue(product, given, vectors, numbers)
+                for ref, slots, value in zip(stored_refs, buffers, whole, strict=False):
+                    buffer = slots.at[mine, slot]
+                    buffer[...] = value.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(buffer, ref.at[rows, at(part)])
+                if results.by_column:
+                    # What lies in one thread; the rest of the sum is among threads.
+                    half = ROWS // 2
+                    return [value[:half] + value[half:] for value in summed]
+                return [jnp.sum(value, axis=1) for value in summed]
+
+            def store_by_column(sums: list[list[jax.Array]]) -> None:
+                # A sum over a tile's rows goes from warp to warp through scratch, of which a block
+                # has one: its warpgroups take turns.
+                plgpu.barrier_wait(sums_turn.at[mine])
+                for part, summed in enumerate(sums):
+                    for ref, value in zip(sum_refs, summed, strict=True):
+                        _store(ref.at[row, at(part)], jnp.sum(value, axis=0))
+                plgpu.barrier_arrive(sums_turn.at[1 - mine])
+
+            @functools.partial(pl.run_scoped, sum_ref=plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            def _(sum_ref: Any) -> None:
+                end = lax.fori_loop(0, steps, functools.partial(multiply_step, sum_ref), first)
                 plgpu.wgmma_wait(0)
-                return sum_ref
+                plgpu.barrier_arrive(freed.at[turn + before(end)])
+                finish(sum_ref[...])
 
-            its_columns = pl.ds(j * tiles.columns, tiles.columns)
-            pipeline(step, compute)(
-                x_ref.at[pl.ds(i * tiles.rows, tiles.rows), :],
-                w_ref.at[its_columns, :] if transposed else w_ref.at[:, its_columns],
-                allocations=allocations,
-            )
-
-        plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")(tile)
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        lax.cond(mine == 2, load, multiply)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxreg.terms import varying_as
 
-from . import _dispatch, _mosaic_gpu, _tuning
-from ._mosaic_gpu import Config, Finish, Results
+from . import _dispatch, _mosaic_gpu, _tiles, _tuning
+from ._mosaic_gpu import Finish, Results
+from ._tiles import Config, Problem
 
 Outcome = tuple[list[jax.Array], list[jax.Array]]
 
@@ -57,7 +58,7 @@ def product(
         "transposed": transposed,
     }
     m, n, k = sizes(x, w, transposed)
-    arrays = results.stored + len(loaded)
+    problem = _mosaic_gpu.problem(m, n, k, len(loaded), len(columns), results)
 
     def run(tiles: Config | None) -> Any:
         if tiles is None:
@@ -74,14 +75,14 @@ def product(
     if asked_by is not None:
         array: Any = jax.ShapeDtypeStruct
         shapes = jax.tree.map(lambda a: array(a.shape, a.dtype), operands)
-        _tuning.measure(key, functools.partial(_calls, run, shapes, (m, n, k, arrays)))
+        _tuning.measure(key, functools.partial(_calls, run, shapes, problem))
     tuned = {
         kind: marked(run(record.config))
         for kind, record in _tuning.known(key).items()
-        if _mosaic_gpu.fits(record.config, m, n, k, arrays)
-        and (asked_by is not None or record.seconds < record.xla)
+        if record.config.fits(problem) and (asked_by is not None or record.seconds < record.xla)
     }
-    otherwise = run(None if asked_by is None else _mosaic_gpu.config(m, n, k, arrays, part))
+    heuristic = None if asked_by is None else _tiles.config(problem, bool(loaded), part)
+    otherwise = run(heuristic)
     chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
     return chosen(*operands)
 
@@ -117,9 +118,9 @@ def _xla(
     return [value.astype(x.dtype) for value in stored], results.total(summed)
 
 
-def _calls(run: Any, shapes: Any, product: tuple[int, int, int, int]) -> _tuning.Calls:
+def _calls(run: Any, shapes: Any, problem: Problem) -> _tuning.Calls:
     """Return the default device's kind, and calls on arrays of these shapes."""
     arrays = jax.tree.map(lambda a: jnp.full(a.shape, 0.1, a.dtype), shapes)
     (device,) = arrays[0].devices()
-    tried = (None, *_tuning.candidates(*product))
+    tried = (None, *_tuning.candidates(problem))
     return device.device_kind, {t: functools.partial(jax.jit(run(t)), *arrays) for t in tried}

@@ -6,7 +6,6 @@ import contextvars
 import dataclasses
 import functools
 import importlib.resources
-import itertools
 import json
 import os
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 
-from ._mosaic_gpu import Config, fits
+from ._tiles import Config, Problem, Schedule
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -35,6 +34,9 @@ class Record:
     seconds: float
     xla: float
 
+
+# How many columns a part has, and how many parts have buffers.
+_PARTS = ((32, 2), (32, 4), (64, 2), (16, 4))
 
 # By the device's kind, then by shape class.
 Records = dict[str, dict[str, Record]]
@@ -57,12 +59,19 @@ def shape_class(name: str, m: int, n: int, k: int, dtype: Any) -> str:
     return f"{name} {1 << (m - 1).bit_length()}x{n}x{k} {dtype}"
 
 
-def candidates(m: int, n: int, k: int, arrays: int) -> list[Config]:
-    """Return the configurations to try, 24 at most; see `_mosaic_gpu.config`."""
-    grid = itertools.product((True, False), (4, 3), (4, 8, 16), (32, 16))
-    # A short product has fewer steps to load ahead.
-    configs = [Config(s, min(stages, k // 64), *rest) for s, stages, *rest in grid]
-    return [tiles for tiles in dict.fromkeys(configs) if fits(tiles, m, n, k, arrays)]
+def candidates(problem: Problem) -> list[Config]:
+    """Return the configurations to try, 24 at most."""
+    schedules: list[tuple[Schedule, bool, int]] = [("resident", False, 8)]
+    schedules += [
+        (s, p, w) for s in ("alternate", "together") for p in (True, False) for w in (8, 16)
+    ]
+    configs = [
+        Config(schedule, 1, paired, *part, width)
+        for schedule, paired, width in schedules
+        for part in (_PARTS[:1] if schedule == "together" else _PARTS)
+    ]
+    tried = [tiles.filled(problem) for tiles in configs]
+    return [tiles for tiles in dict.fromkeys(tried) if tiles.fits(problem)]
 
 
 def known(key: str) -> dict[str, Record]:

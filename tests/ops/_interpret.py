@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxreg.ops import _dispatch, _mosaic_gpu, _product
+from jaxreg.ops import _dispatch, _mosaic_gpu, _product, _tiles
 
 needs_kernels = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12),
-    reason="kernels need JAX 0.12; `test_dense.py` tests the refusal",
+    jax.__version_info__ < (0, 11),
+    reason="kernels need JAX 0.11; `test_dense.py` tests the refusal",
 )
 
 
@@ -31,7 +31,7 @@ def interpreted(*, dispatched: bool = True) -> Iterator[None]:
     params = plgpu.InterpretGPUParams(detect_races=True)
     with pytest.MonkeyPatch.context() as patch, plgpu.force_gpu_interpret_mode(params):
         patch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))
-        patch.setattr(_mosaic_gpu, "_BLOCKS", 2)
+        patch.setattr(_tiles, "BLOCKS", 2)
         if not dispatched:
             patch.setattr(_dispatch, "only_on", lambda platforms, op, implementation, run: run)
         yield

@@ -128,9 +128,9 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch):
             )
 
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    refused("its kernel needs JAX 0.12 or newer")
+    refused("its kernel needs JAX 0.11 or newer")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    refused("and the input's features of 64; got 256, 100, 64", hidden=100)
-    refused("and the output's features of 64; got 256, 128, 100", out=100)
+    refused("input's features must be multiples of 256, 128, 64; got 256, 100, 64", hidden=100)
+    refused("output's features must be multiples of 256, 128, 64; got 256, 128, 100", out=100)
     refused("the activation is not one that a tile can take", activation=jax.nn.softmax)
     refused("the gradient of `jaxreg.Root` cannot be taken tile by tile", penalty=Root(0.1))

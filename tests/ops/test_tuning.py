@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxreg as jr
-from jaxreg.ops import _mosaic_gpu, _product
+from jaxreg.ops import _mosaic_gpu, _product, _tiles
 from jaxreg.ops._dispatch import by_device
 from jaxreg.ops._tuning import candidates
 
@@ -22,13 +22,17 @@ X, W = jnp.ones((256, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.bfloat16)
 dense = functools.partial(jr.ops.dense, activation=jax.nn.relu, penalty=jr.L1(0.1))
 
 
+def problem(m, n, k, arrays=1):
+    return _tiles.Problem(m, n, k, arrays, columns=1, by_column=arrays == 2)
+
+
 def test_at_most_24_configurations_are_tried_and_all_fit():
-    for m, n, k in ((8192, 16384, 512), (256, 128, 64), (128, 256, 4096)):
+    for m, n, k in ((8192, 16384, 512), (256, 128, 64), (256, 256, 4096)):
         for arrays in (1, 2):
-            tried = candidates(m, n, k, arrays)
+            tried = candidates(problem(m, n, k, arrays))
             assert 1 <= len(set(tried)) == len(tried) <= 24
-            assert all(_mosaic_gpu.fits(tiles, m, n, k, arrays) for tiles in tried)
-            assert _mosaic_gpu.config(m, n, k, arrays) in tried
+            assert all(tiles.fits(problem(m, n, k, arrays)) for tiles in tried)
+            assert _tiles.config(problem(m, n, k, arrays), loads=arrays == 2) in tried
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def tune(file, *, xla: float):
         jax.jit(functools.partial(dense, implementation="mosaic_gpu")).trace(X, W)
         assert len(timed) == before, "what is recorded is not timed again"
     jax.block_until_ready(timed[1]())  # what is timed can run, after the trace
-    return candidates(256, 128, 64, 1)[1]
+    return candidates(problem(256, 128, 64))[1]
 
 
 def test_the_fastest_tiles_are_written_and_taken(tmp_path, kernels):
@@ -76,7 +80,7 @@ def test_the_fastest_tiles_are_written_and_taken(tmp_path, kernels):
         assert best in kernels
         kernels.clear()
     jax.jit(lambda x, w: layer(x, w))(X, W)
-    assert set(kernels) == {_mosaic_gpu.config(256, 128, 64, 1)}
+    assert set(kernels) == {_tiles.config(problem(256, 128, 64), loads=False)}
 
 
 @pytest.mark.parametrize(("xla", "wins"), [(3.0, True), (0.5, False)])
