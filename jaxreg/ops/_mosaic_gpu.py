@@ -305,7 +305,8 @@ def _body(
                         slot = lax.fori_loop(0, steps, one, slot)
                     return slot
 
-                return lax.fori_loop(0, pairs, load_pair, slot)
+                end: jax.Array = lax.fori_loop(0, pairs, load_pair, slot)
+                return end
 
             slot = walk(work)
 
