@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxreg.terms import varying_as
 
 from . import _dispatch, _mosaic_gpu, _tiles, _tuning
-from ._mosaic_gpu import Finish, Results
+from ._kernel import Finish, Results
 from ._tiles import Config, Problem
 
 Outcome = tuple[list[jax.Array], list[jax.Array]]

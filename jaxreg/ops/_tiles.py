@@ -84,10 +84,13 @@ class Config:
         """Return whether the tiles divide the product, and shared memory holds them."""
         m, n, k = problem[:3]
         divide = m and n and k and not (m % (2 * ROWS) or n % (COLUMNS * self.blocks) or k % DEPTH)
-        return bool(divide) and self.stages <= k // DEPTH and self.bytes(problem) <= _SHARED_MEMORY
+        # A buffer is freed once the next step is under way, which takes a second one.
+        steps = k // DEPTH
+        works = min(2, steps) <= self.stages <= steps
+        return bool(divide) and works and self.bytes(problem) <= _SHARED_MEMORY
 
     def filled(self, problem: Problem) -> "Config":
-        """Return the configuration with as many stages as fit, six at most; one at least."""
+        """Return the configuration with as many stages as fit, six at most; else with one."""
         stages = range(min(6, problem.k // DEPTH), 1, -1)
         tried = (dataclasses.replace(self, stages=count) for count in stages)
         return next((t for t in tried if t.fits(problem)), dataclasses.replace(self, stages=1))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxreg.ops import _dispatch, _mosaic_gpu, _product, _tiles
+from jaxreg.ops import _dispatch, _kernel, _mosaic_gpu, _product, _tiles
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
@@ -27,7 +27,7 @@ def interpreted(*, dispatched: bool = True) -> Iterator[None]:
         dispatched: whether the platform is looked at. `vmap` of that and of the interpreter's
             effects together is what JAX cannot do.
     """
-    plgpu = _mosaic_gpu._pallas()
+    plgpu = _kernel.pallas()
     params = plgpu.InterpretGPUParams(detect_races=True)
     with pytest.MonkeyPatch.context() as patch, plgpu.force_gpu_interpret_mode(params):
         patch.setattr(_mosaic_gpu, "PLATFORMS", ("cpu",))

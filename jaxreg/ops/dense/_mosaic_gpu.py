@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.ops._epilogue import Epilogue, NotElementwise, elementwise, epilogue, evaluate
-from jaxreg.ops._mosaic_gpu import Results, refusal
+from jaxreg.ops._kernel import Results
+from jaxreg.ops._mosaic_gpu import refusal
 from jaxreg.ops._product import product, sizes
 from jaxreg.penalties import Penalty
 

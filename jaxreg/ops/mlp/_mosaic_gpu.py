@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.ops._epilogue import Gradient, NotElementwise, elementwise, evaluate, gradient
-from jaxreg.ops._mosaic_gpu import Results, refusal
+from jaxreg.ops._kernel import Results
+from jaxreg.ops._mosaic_gpu import refusal
 from jaxreg.ops._product import product, sizes, wins
 from jaxreg.ops.dense import Activation, keeps_input, with_slope
 from jaxreg.ops.dense import supports as layer_supports
