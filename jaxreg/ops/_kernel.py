@@ -7,8 +7,7 @@ result is deterministic.
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +17,9 @@ from jax.experimental import pallas as pl
 
 from jaxreg.ops._epilogue import Over
 from jaxreg.ops._tiles import COLUMNS, DEPTH, ROWS, Config, Problem
+
+# How many rows go through the epilogue at a time.
+HALF = ROWS // 2
 
 # Of the loading warpgroup and of the two that multiply: together no more than a block has.
 _REGISTERS = 40, 232
@@ -30,12 +32,15 @@ class Results:
     Args:
         stored: how many arrays of the output's shape.
         summed: for each sum whether it is over everything, or one for each column.
-        by_column: whether the kernel adds up over rows first; else over columns.
     """
 
     stored: int
     summed: tuple[Over, ...]
-    by_column: bool
+
+    @property
+    def by_column(self) -> bool:
+        """Whether there are sums for each column."""
+        return "examples" in self.summed
 
     def total(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         """Return the sums of arrays whose first axis is of rows, or of rows of tiles."""
@@ -84,8 +89,8 @@ def kernel(
         x_ref: (m, k).
         w_ref: (k, n), or transposed (n, k).
         scalars_ref: (scalars,), at least one.
-        *refs: inputs: loaded (m, n); columns (n,); then outputs: stored (m, n); sums, each
-            (tiles, n) by column or (tiles, m) by row.
+        *refs: inputs: loaded (m, n); columns (n,); then outputs: stored (m, n); sums, each for
+            columns (m // ROWS, n), for everything (n // COLUMNS, m // 2).
         tiles: how the product is cut, and by whom it is multiplied.
         sizes: the product.
         epilogue: as that of `ops._product.product`.
@@ -326,25 +331,36 @@ def kernel(
                 layout = plgpu.Layout.WGMMA.reduce(0)
                 its_part = held.at[mine, pl.ds(part * tiles.part, tiles.part)]
                 values = plgpu.load(its_part, layout=layout, optimized=False)
-                return lax.broadcast_in_dim(values, (ROWS, tiles.part), (1,))
+                return lax.broadcast_in_dim(values, (HALF, tiles.part), (1,))
 
             def finish(product: jax.Array) -> None:
                 numbers = [scalars_ref[s] for s in range(scalars)]
                 for barriers in columns_arrived:
                     plgpu.barrier_wait(barriers.at[mine])
-                sums = [
-                    finish_part(
-                        product[:, part * tiles.part : (part + 1) * tiles.part], part, numbers
-                    )
-                    for part in range(parts)
-                ]
+                # What lies in one thread is added up as it comes.
+                sums: list[list[jax.Array]] = [[] for _ in results.summed]
+                for part in range(parts):
+                    its_columns = product[:, part * tiles.part : (part + 1) * tiles.part]
+                    for half, summed in enumerate(finish_part(its_columns, part, numbers)):
+                        for held, over, value in zip(sums, results.summed, summed, strict=True):
+                            if half == 0 and (part == 0 or over == "examples"):
+                                held.append(value)
+                            else:
+                                held[-1] += value
+                for ref, over, held in zip(sum_refs, results.summed, sums, strict=True):
+                    if over == "all":
+                        ref[j, pl.ds(row * HALF, HALF)] = jnp.sum(held[0], axis=1)
                 if results.by_column:
-                    store_by_column(sums)
-                else:
-                    for ref, of_parts in zip(sum_refs, zip(*sums, strict=True), strict=True):
-                        ref[j, rows] = functools.reduce(operator.add, of_parts)
+                    # A sum over rows goes from warp to warp through scratch, of which a block has
+                    # one: its warpgroups take turns.
+                    plgpu.barrier_wait(sums_turn.at[mine])
+                    for ref, over, held in zip(sum_refs, results.summed, sums, strict=True):
+                        if over == "examples":
+                            for part, value in enumerate(held):
+                                _store(ref.at[row, at(part)], jnp.sum(value, axis=0))
+                    plgpu.barrier_arrive(sums_turn.at[1 - mine])
 
-            def finish_part(product: jax.Array, part: int, numbers: Any) -> list[jax.Array]:
+            def finish_part(product: jax.Array, part: int, numbers: Any) -> Iterator[Any]:
                 slot = part % tiles.slots
                 if not loaded:
                     # What was stored from this buffer has left it.
@@ -353,31 +369,21 @@ def kernel(
                 elif part > 0 and tiles.slots <= part + 1 < parts:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     fetch(part + 1)
-                given = []
-                for slots, barriers in zip(buffers, arrived, strict=False):
+                for barriers in arrived:
                     plgpu.barrier_wait(barriers.at[mine * tiles.slots + slot])
-                    given.append(slots[mine, slot])
                 vectors = [vector(held, part) for held in column_buffers]
-                whole, summed = epilogue(product, given, vectors, numbers)
-                for ref, slots, value in zip(stored_refs, buffers, whole, strict=False):
-                    buffer = slots.at[mine, slot]
-                    buffer[...] = value.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(buffer, ref.at[rows, at(part)])
-                if results.by_column:
-                    # What lies in one thread; the rest of the sum is among threads.
-                    half = ROWS // 2
-                    return [value[:half] + value[half:] for value in summed]
-                return [jnp.sum(value, axis=1) for value in summed]
-
-            def store_by_column(sums: list[list[jax.Array]]) -> None:
-                # A sum over a tile's rows goes from warp to warp through scratch, of which a block
-                # has one: its warpgroups take turns.
-                plgpu.barrier_wait(sums_turn.at[mine])
-                for part, summed in enumerate(sums):
-                    for ref, value in zip(sum_refs, summed, strict=True):
-                        _store(ref.at[row, at(part)], jnp.sum(value, axis=0))
-                plgpu.barrier_arrive(sums_turn.at[1 - mine])
+                # All rows at once would take more registers than there are.
+                for half in range(2):
+                    its_rows = pl.ds(half * HALF, HALF)
+                    given = [slots[mine, slot, its_rows] for slots in buffers[:loaded]]
+                    its_product = product[half * HALF : (half + 1) * HALF]
+                    whole, summed = epilogue(its_product, given, vectors, numbers)
+                    for slots, value in zip(buffers, whole, strict=False):
+                        slots[mine, slot, its_rows] = value.astype(dtype)
+                    yield summed
+                plgpu.commit_smem()
+                for ref, slots in zip(stored_refs, buffers, strict=False):
+                    plgpu.copy_smem_to_gmem(slots.at[mine, slot], ref.at[rows, at(part)])
 
             @functools.partial(pl.run_scoped, sum_ref=plgpu.ACC((ROWS, COLUMNS), jnp.float32))
             def _(sum_ref: Any) -> None:

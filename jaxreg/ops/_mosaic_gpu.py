@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.ops import _tiles
-from jaxreg.ops._kernel import Finish, Results, kernel, pallas
+from jaxreg.ops._kernel import HALF, Finish, Results, kernel, pallas
 from jaxreg.ops._tiles import COLUMNS, DEPTH, ROWS, Config, Problem
 
 PLATFORMS: tuple[str, ...] = ("cuda",)
@@ -65,8 +65,8 @@ def product(
     """Return what the epilogue stores, and the sums of what it sums; see `ops._product`."""
     (m, k), n = x.shape, w.shape[0 if transposed else 1]
     sizes = problem(m, n, k, len(loaded), len(columns), results)
-    slots = (m // ROWS, n) if results.by_column else (n // COLUMNS, m)
     array: Any = jax.ShapeDtypeStruct
+    slots = {"examples": (m // ROWS, n), "all": (n // COLUMNS, m // ROWS * HALF)}
     # At least one, as an operand must not be empty.
     handed = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars or [jnp.zeros(())]])
     plgpu = pallas()
@@ -85,7 +85,7 @@ def product(
         body,
         out_type=(
             *[array((m, n), x.dtype)] * results.stored,
-            *[array(slots, jnp.float32)] * len(results.summed),
+            *[array(slots[over], jnp.float32) for over in results.summed],
         ),
         grid=(_tiles.BLOCKS // tiles.blocks,),
         grid_names=("cluster",),

@@ -26,7 +26,6 @@ def product(
     epilogue: Finish,
     results: Results,
     transposed: bool = False,
-    part: int = 32,
     name: str,
     asked_by: str | None,
 ) -> Outcome:
@@ -43,7 +42,6 @@ def product(
             what is stored and of what is summed.
         results: how much it returns.
         transposed: whether it is w's transpose that x is multiplied by.
-        part: how many columns the heuristic's tiles take through the epilogue at a time.
         name: the kernel's.
         asked_by: the op that asks for the kernel. None leaves the product to XLA, but on devices
             where the kernel is recorded to be faster.
@@ -81,7 +79,7 @@ def product(
         for kind, record in _tuning.known(key).items()
         if record.config.fits(problem) and (asked_by is not None or record.seconds < record.xla)
     }
-    heuristic = None if asked_by is None else _tiles.config(problem, bool(loaded), part)
+    heuristic = None if asked_by is None else _tiles.config(problem, bool(loaded))
     otherwise = run(heuristic)
     chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
     return chosen(*operands)

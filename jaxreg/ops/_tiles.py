@@ -109,19 +109,18 @@ class Config:
         return min((c for c in range(1, pairs + 1) if pairs % c == 0), key=cost)
 
 
-def config(problem: Problem, loads: bool, part: int = 32) -> Config | None:
+def config(problem: Problem, loads: bool) -> Config | None:
     """Return the heuristic's configuration; None if there is none.
 
     Args:
         problem: the product.
         loads: whether the epilogue loads arrays of the output's shape.
-        part: how many columns go through the epilogue at a time; fewer take fewer registers.
     """
     # An epilogue that loads takes long: then it pays most to multiply meanwhile.
     schedules: list[tuple[Schedule, int]] = [("resident", 4 if loads else 2)]
     schedules += [("alternate" if loads else "together", 2), ("alternate", 2)]
     tried = [
-        Config(schedule, 1, paired, part, slots).filled(problem)
+        Config(schedule, 1, paired, slots=slots).filled(problem)
         for schedule, slots in schedules
         for paired in (schedule != "resident", False)
     ]

@@ -39,7 +39,7 @@ def run(function, transposed, *operands, **settings):
 
 @needs_kernels
 @pytest.mark.parametrize("tiles", CONFIGS, ids=str)
-def test_what_is_stored_and_summed_by_row(tiles):
+def test_what_is_stored_and_summed(tiles):
     def epilogue(part, _, columns, __):
         value = part + columns[0]
         return (value,), (jnp.abs(value),)
@@ -50,7 +50,7 @@ def test_what_is_stored_and_summed_by_row(tiles):
         np.random.default_rng(1).normal(size=N),
         tiles=tiles,
         epilogue=epilogue,
-        results=Results(1, ("all",), by_column=False),
+        results=Results(1, ("all",)),
     )
     assert_close(stored, [product + b], 2**-8)
     assert_close(sums, [np.abs(product + b).sum()], 1e-5)
@@ -58,7 +58,7 @@ def test_what_is_stored_and_summed_by_row(tiles):
 
 @needs_kernels
 @pytest.mark.parametrize("tiles", CONFIGS, ids=str)
-def test_what_is_loaded_and_summed_by_column(tiles):
+def test_what_is_loaded_and_summed_both_ways(tiles):
     def epilogue(part, loaded, _, scalars):
         value = part * loaded[0].astype(jnp.float32) * scalars[0]
         return (value,), (value, jnp.abs(value))
@@ -69,7 +69,7 @@ def test_what_is_loaded_and_summed_by_column(tiles):
         np.random.default_rng(1).normal(size=(M, N)),
         tiles=tiles,
         epilogue=epilogue,
-        results=Results(1, ("examples", "all"), by_column=True),
+        results=Results(1, ("examples", "all")),
     )
     value = 3 * product * h
     assert_close(stored, [value], 2**-8)

@@ -90,13 +90,7 @@ def forward(
         columns=[b],
         scalars=scalars,
         epilogue=finish,
-        results=Results(
-            stored=2 if keep else 1,
-            summed=tuple(over for _, over in sums.sums),
-            # Sums over examples add up to sums over everything, so one direction is enough. By row
-            # is less work, but its running sums are registers too many beside two stores.
-            by_column=keep or any(over == "examples" for _, over in sums.sums),
-        ),
+        results=Results(2 if keep else 1, tuple(over for _, over in sums.sums)),
         name=kernel_name(keep),
         asked_by=asked_by,
     )

@@ -105,9 +105,7 @@ def backward(
         columns=columns,
         scalars=scalars,
         epilogue=finish,
-        results=Results(stored=1, summed=("examples",), by_column=True),
-        # A slope that is computed anew takes registers.
-        part=16 if keeps_input(activation) else 32,
+        results=Results(stored=1, summed=("examples",)),
         name=_kernel_name(activation),
         asked_by=asked_by,
     )
