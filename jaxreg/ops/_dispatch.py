@@ -34,11 +34,12 @@ def choose(
     why = reason()
     if implementation is None:
         return why is None, None
-    _require(op, implementation, why)
+    require(op, implementation, why)
     return True, op
 
 
-def _require(op: str, implementation: str, reason: str | None) -> None:
+def require(op: str, implementation: str, reason: str | None) -> None:
+    """Raise a `NotImplementedError` if there is a reason why an implementation cannot run."""
     if reason is not None:
         raise NotImplementedError(
             f"`jaxreg.ops.{op}(implementation={implementation!r})` cannot run: {reason}."
@@ -74,9 +75,9 @@ def only_on(
 def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., Any]) -> Any:
     """Return the function that runs on a device of its kind, and elsewhere the other one.
 
-    It is decided where it is lowered. It is the other one for several platforms at once, for a
-    device that is not there, and where arrays may be split over devices, outside of a `shard_map`
-    over all axes.
+    It is decided where it is lowered. It is the other one outside of `jit`, for several platforms
+    at once, for a device that is not there, and where arrays may be split over devices, outside of
+    a `shard_map` over all axes.
     Its derivative is for the caller to define.
     """
     if not kinds:
@@ -104,8 +105,9 @@ _choose: Any = Primitive("jaxreg_choose")
 _choose.multiple_results = True
 
 
-def _run_chosen(*operands: Any, **settings: Any) -> Any:
-    return jax.jit(functools.partial(_choose.bind, **settings))(*operands)
+def _run_chosen(*operands: Any, choices: Any, **_: Any) -> Any:
+    # Not lowered as a whole; a choice would be compiled anew in each call.
+    return jaxpr_as_fun(choices[-1])(*operands)
 
 
 def _batch_choices(operands: Any, axes: Any, *, kinds: Any, choices: Any) -> Any:
@@ -160,7 +162,7 @@ def _batch(operands: Any, axes: Any, *, shapes: Any, **settings: Any) -> Any:
 
 def _lower(ctx: Any, *_: Any, op: str, implementation: str, platforms: Any, **__: Any) -> Any:
     here = ", ".join(ctx.module_context.platforms)
-    _require(
+    require(
         op, implementation, f"it needs the platform {' or '.join(platforms)}, and this is {here}"
     )
 

@@ -1,5 +1,6 @@
 """A matrix product with an epilogue of one's own: by a kernel where it is asked for, or wins."""
 
+import concurrent.futures
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,9 @@ def product(
 
     Returns:
         What is stored, in x's dtype; and the sums in float32, each a scalar or (n,).
+
+    Raises:
+        NotImplementedError: if there are no tiles for the kernel that is asked for.
     """
     operands = (x, w, list(loaded), list(columns), list(scalars))
     settings: dict[str, Any] = {
@@ -79,7 +83,11 @@ def product(
         for kind, record in _tuning.known(key).items()
         if record.config.fits(problem) and (asked_by is not None or record.seconds < record.xla)
     }
-    heuristic = None if asked_by is None else _tiles.config(problem, bool(loaded))
+    heuristic = None
+    if asked_by is not None:
+        heuristic = _tiles.config(problem, bool(loaded))
+        room = f"its epilogue reads {len(columns)} vectors, for which a block's memory has no room"
+        _dispatch.require(asked_by, "mosaic_gpu", None if heuristic else room)
     otherwise = run(heuristic)
     chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
     return chosen(*operands)
@@ -117,8 +125,14 @@ def _xla(
 
 
 def _calls(run: Any, shapes: Any, problem: Problem) -> _tuning.Calls:
-    """Return the default device's kind, and calls on arrays of these shapes."""
-    arrays = jax.tree.map(lambda a: jnp.full(a.shape, 0.1, a.dtype), shapes)
+    """Return the default device's kind, and compiled calls on arrays of these shapes."""
+    # A GPU multiplies equal numbers faster than others.
+    draw = functools.partial(jax.random.normal, jax.random.key(0))
+    arrays = jax.tree.map(lambda a: draw(a.shape, a.dtype), shapes)
     (device,) = arrays[0].devices()
     tried = (None, *_tuning.candidates(problem))
-    return device.device_kind, {t: functools.partial(jax.jit(run(t)), *arrays) for t in tried}
+    lowered = [jax.jit(run(tiles)).lower(*arrays) for tiles in tried]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    calls = {t: functools.partial(c, *arrays) for t, c in zip(tried, compiled, strict=True)}
+    return device.device_kind, calls

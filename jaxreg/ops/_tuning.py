@@ -9,7 +9,7 @@ import importlib.resources
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def known(key: str) -> dict[str, Record]:
 
 
 # A device's kind, and a call for each configuration, and for None XLA's.
-Calls = tuple[str, dict[Config | None, Callable[[], Any]]]
+Calls = tuple[str, Mapping[Config | None, Callable[[], Any]]]
 
 
 def measure(key: str, calls: Callable[[], Calls]) -> None:
@@ -149,15 +149,18 @@ def tuned(
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Return the shortest of several means, after a call that compiles."""
+    """Return the shortest of several means, after a call that warms up."""
     wait: Any = jax.block_until_ready
-    wait(run())
 
     def mean(calls: int) -> float:
         start = time.perf_counter()
-        wait([run() for _ in range(calls)])
+        for _ in range(calls):
+            result = run()
+        # The device runs them in order.
+        wait(result)
         return (time.perf_counter() - start) / calls
 
+    mean(1)
     return min(mean(10) for _ in range(5))
 
 

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxreg as jr
-from jaxreg.ops import _mosaic_gpu, _product, _tiles
+from jaxreg.ops import _mosaic_gpu, _product, _tiles, _tuning
 from jaxreg.ops._dispatch import by_device
+from jaxreg.ops._kernel import Results
 from jaxreg.ops._tuning import candidates
 
 from ._interpret import interpreted, needs_kernels
@@ -106,10 +107,18 @@ def test_the_kernel_itself_runs_while_a_step_is_traced(tmp_path, monkeypatch):
     first: list[Any] = []
 
     def timer(run):
-        if len(first) < 2:  # XLA, and one kernel: the interpreter is slow
-            with interpreted():
-                first.append(run())
+        first.append(jax.block_until_ready(run()))
         return float(len(first))
+
+    measure, tried = _tuning._measure, _tuning.candidates
+
+    def interpreting(*settings):  # in the thread that measures
+        with interpreted():
+            measure(*settings)
+
+    monkeypatch.setattr(_tuning, "_measure", interpreting)
+    # One is enough: the interpreter is slow.
+    monkeypatch.setattr(_tuning, "candidates", lambda problem: tried(problem)[:1])
 
     def step(x):
         mesh, spec = Mesh(np.array(jax.devices()[:2]), ("d",)), PartitionSpec("d")
@@ -121,7 +130,8 @@ def test_the_kernel_itself_runs_while_a_step_is_traced(tmp_path, monkeypatch):
 
     with jr.ops.tuned(tmp_path / "tiles.json", measure=True, timer=timer):
         jax.jit(jax.grad(step)).trace(jnp.concatenate([X, X]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2), *first)
+    assert len(first) == 2
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=0.05), *first)
 
 
 def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
@@ -137,6 +147,13 @@ def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
         jr.ops.tuned(tmp_path / "tiles.json", measure=True),
     ):
         jax.jit(layer).trace(X, W)
+
+
+def test_without_tiles_the_kernel_is_refused():
+    product = functools.partial(_product.product, epilogue=lambda part, *_: ((part,), ()))
+    many = [jnp.zeros(128)] * 250
+    with pytest.raises(NotImplementedError, match="reads 250 vectors, for which"):
+        product(X, W, columns=many, results=Results(1, ()), name="test", asked_by="dense")
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, kernels):
@@ -163,7 +180,8 @@ def test_the_device_is_looked_at_when_the_function_is_lowered():
     x = jnp.arange(8.0)
     here = jax.jit(lambda x: run([KIND])(x)["y"])
     np.testing.assert_array_equal(here(x), 2 * x)
-    np.testing.assert_array_equal(run([KIND])(x)["y"], 2 * x)
+    # Outside of `jit` nothing is lowered as a whole.
+    np.testing.assert_array_equal(run([KIND])(x)["y"], x)
     np.testing.assert_array_equal(jax.jit(lambda x: run(["other"])(x)["y"])(x), x)
     np.testing.assert_array_equal(jax.vmap(here)(x[:, None])[:, 0], 2 * x)
     # A kernel is not partitioned: split arrays are XLA's.
