@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import DEVICES, registers, report
+from . import DEVICES, Registers, registers, report
 from .cases import CASES, FUSED, LARGE, SMALL, chains, fused, fused_step, update
 
 import jax  # isort: skip
@@ -74,21 +74,20 @@ def _kernels(device: str) -> Iterator[dict[str, Any]]:
                 for i in ("xla", "mosaic_gpu")
             )
             _show(name, ours, xla)
-            for kernel in used:
-                print(f"  {kernel.used} registers, {kernel.spilled} bytes spilled")
             yield {
                 "device": device,
                 "fused": what,
                 "case": name,
                 "xla": xla,
                 "mosaic_gpu": ours,
-                "registers": [dataclasses.asdict(kernel) for kernel in used],
+                "registers": _show_registers(used),
             }
 
 
 def _widths(device: str) -> Iterator[dict[str, Any]]:
     print("ops.mlp, autoencoder's step with ReLU and L1, by width (÷ XLA without the penalty)")
     for width in (256, 512, 1024, 4096):
+        used = registers(*fused_step("relu, L1", "mosaic_gpu", width), device)
         without, xla, ours = (
             report(*fused_step("relu, L1", i, width), device, donate=(), touching=(8192, 16384))
             for i in (None, "xla", "mosaic_gpu")
@@ -101,7 +100,14 @@ def _widths(device: str) -> Iterator[dict[str, Any]]:
             "without": without,
             "xla": xla,
             "mosaic_gpu": ours,
+            "registers": _show_registers(used),
         }
+
+
+def _show_registers(used: list[Registers]) -> list[dict[str, Any]]:
+    for kernel in used:
+        print(f"  {kernel.used} registers, {kernel.spilled} bytes spilled")
+    return [dataclasses.asdict(kernel) for kernel in used]
 
 
 def _show(name: str, cost: dict[str, float], baseline: dict[str, float]) -> None:

@@ -33,7 +33,7 @@ def test_the_activation_is_written_and_not_read_again():
             for i in ("xla", "mosaic_gpu")
         )
         assert (xla["touching"], ours["touching"]) == (2, 1), (device, xla, ours)
-        assert ours["bytes"] <= 0.54 * xla["bytes"], (device, xla, ours)
+        assert ours["bytes"] <= 0.535 * xla["bytes"], (device, xla, ours)
 
 
 def test_the_backward_pass_touches_the_hidden_layer_no_more_than_its_products():
@@ -43,8 +43,8 @@ def test_the_backward_pass_touches_the_hidden_layer_no_more_than_its_products():
         for i in ("xla", "mosaic_gpu", None)
     )
     assert (xla["touching"], ours["touching"]) == (7, 5), (xla, ours)
-    assert ours["bytes"] <= 0.70 * xla["bytes"], (xla, ours)
-    assert ours["bytes"] <= 0.78 * without["bytes"], (without, ours)
+    assert ours["bytes"] <= 0.695 * xla["bytes"], (xla, ours)
+    assert ours["bytes"] <= 0.775 * without["bytes"], (without, ours)
     assert ours["temporary"] <= 1.01 * without["temporary"], (without, ours)
 
 
