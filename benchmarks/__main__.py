@@ -35,7 +35,7 @@ CLAIMS = (
 
 
 def run(claim: str, smoke: bool, rounds: int, bar: Any) -> dict[str, Any]:
-    """Return a claim's title, what it ran on, and its rows, printing each."""
+    """Return a claim's title, what it ran on, how often, and its rows, printing each."""
     module = importlib.import_module(f"benchmarks.{claim}")
     rows = []
     tqdm.write(f"\n{claim}: {_title(module)}\n{HEAD}")
@@ -48,6 +48,7 @@ def run(claim: str, smoke: bool, rounds: int, bar: Any) -> dict[str, Any]:
     return {
         "title": _title(module),
         "about": about(),
+        "rounds": rounds,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 

@@ -99,7 +99,7 @@ def keep(folder: Path, results: dict[str, dict[str, Any]]) -> None:
 
     Args:
         folder: that of the benchmarks.
-        results: for each claim its title, what it ran on, and its rows.
+        results: for each claim its title, what it ran on, how often, and its rows.
     """
     path = folder / "results" / "cpu.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -122,8 +122,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         parts += [
             f"## {claim}",
             result["title"],
-            f"`python -m benchmarks --only {claim}`, {ran['date']}, on {ran['cores']} cores of a"
-            f" {ran['device']} ({ran['machine']}), Python {ran['python']}, {versions}.",
+            f"`python -m benchmarks --only {claim} --rounds {result['rounds']}`, {ran['date']}, on"
+            f" {ran['cores']} cores of a {ran['device']} ({ran['machine']}), Python"
+            f" {ran['python']}, {versions}.",
             "\n".join([HEAD, *(Row(**row).line() for row in result["rows"])]),
         ]
     return "\n\n".join(parts) + "\n"
