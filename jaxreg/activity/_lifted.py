@@ -293,7 +293,9 @@ def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> tuple[Any, 
     """
     if isinstance(measured, Parameter):
         penalty = penalties[jax.tree.structure(measured.penalty)]
-        return dataclasses.replace(measured, penalty=penalty), ()
+        slot = dataclasses.replace(measured, penalty=penalty)
+        pairs = zip(*map(jax.tree.leaves, (measured, slot)), strict=True)
+        return slot, next((x.shape[: x.ndim - bare.ndim] for x, bare in pairs), ())
     moments, count = jax.tree.map(jax.typeof, (measured.moments, measured.count))
     bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
     by_structure = {jax.tree.structure(penalty): penalty for penalty in bare}
@@ -312,7 +314,7 @@ def _take(measured: list[Any], placeholder: tuple[Any, tuple[int, ...]]) -> Any:
         if _type(call) == _type(slot):
             return measured.pop(i)
     if isinstance(slot, Parameter):
-        return slot
+        return jax.tree.map(lambda s: jnp.broadcast_to(s, stacked + s.shape), slot)
     moments, count = jax.tree.map(_zeros, (slot.moments, slot.count))
     penalty = jax.tree.map(lambda s: jnp.broadcast_to(s, stacked), slot.penalty)
     return dataclasses.replace(slot, penalty=penalty, moments=moments, count=count)

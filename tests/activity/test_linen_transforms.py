@@ -1,6 +1,7 @@
 """Terms under each of Linen's transformations: value and gradient of a loss written by hand."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -798,6 +799,49 @@ def test_branches_hold_branches_and_scans():
     ):
         expected = layers * jr.penalize(a, penalty)
         np.testing.assert_allclose(total(i), expected, rtol=1e-5)
+
+
+def test_parameters_with_penalties_of_their_own_are_scanned_inside_of_a_branch():
+    """They count whichever branch is taken, once, also where the strength is an array."""
+
+    class Layer(nn.Module):
+        strength: Any
+
+        @nn.compact
+        def __call__(self, x, _):
+            return jr.linen.Dense(3, kernel_regularizer=jr.L2(self.strength))(x), None
+
+    class Model(nn.Module):
+        strength: Any
+
+        def setup(self):
+            axes: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            self.layers = nn.scan(Layer, length=3, **axes)(self.strength)
+
+        def __call__(self, x, flag):
+            if self.is_initializing():
+                return self.layers(x, None)[0].sum()
+            branches = lambda m, x: m.layers(x, None)[0].sum(), lambda m, x: x.sum()
+            return nn.cond(flag, *branches, self, x)
+
+    variables = Model(0.2).init(KEY, X, True)
+    kernel = variables["params"]["layers"]["Dense_0"]["kernel"]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def by_strength(array, strength, flag):
+        def penalty(strength, variables):
+            model = Model(strength if array else 0.2)
+            return jr.activity({})(model.apply)(variables, X, flag)[1].total
+
+        return jax.value_and_grad(penalty, argnums=(0, 1))(strength, variables)
+
+    for array in (False, True):
+        for flag in (False, True):
+            value, gradients = by_strength(array, jnp.float32(0.2), flag)
+            np.testing.assert_allclose(value, 0.2 * jnp.sum(kernel**2), rtol=1e-5)
+            np.testing.assert_allclose(gradients[0], array * jnp.sum(kernel**2), rtol=1e-5)
+            gradient = gradients[1]["params"]["layers"]["Dense_0"]["kernel"]
+            np.testing.assert_allclose(gradient, 0.4 * kernel, rtol=1e-5)
 
 
 def test_a_strength_that_is_made_inside_of_a_branch_is_an_error_of_jax():
