@@ -215,14 +215,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.rounds = 2
-    tuning = contextlib.nullcontext()
-    if options.tune:
-        tuning = jr.ops.tuned(options.tune, measure=True)
-    with tuning:
-        _run(options)
-
-
-def _run(options: argparse.Namespace) -> None:
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.smoke:
         sys.exit(
@@ -230,7 +222,15 @@ def _run(options: argparse.Namespace) -> None:
             " `jax[cuda13]` on a machine with a GPU. What XLA and the kernels compile to without"
             " one: `python -m benchmarks.aot`."
         )
-    implementations = runnable()
+    implementations = runnable()  # before the tuning, which is for the shapes that are timed
+    tuning = contextlib.nullcontext()
+    if options.tune:
+        tuning = jr.ops.tuned(options.tune, measure=True)
+    with tuning:
+        _run(device, implementations, options)
+
+
+def _run(device: jax.Device, implementations: list[str], options: argparse.Namespace) -> None:
     batch, hidden, widths = (512, 1024, (256,)) if options.smoke else (BATCH, HIDDEN, WIDTHS)
     rows: list[dict[str, Any]] = []
     settings = {
