@@ -2,9 +2,9 @@
 
 Checks every number against float64 before it times anything; then times, interleaved in one
 process, the sparse autoencoder's step, a dense layer, its product alone, AdamW with and without a
-penalty, many small leaves; and PyTorch's autoencoder where PyTorch is installed. Calls are queued:
-the GPU is waited for once in a round. The kernels of `jaxreg.ops` take a Hopper GPU; on others it
-times XLA alone and says so.
+penalty, many small leaves, a language model's cross-entropy with z-loss; and PyTorch's autoencoder
+where PyTorch is installed. Calls are queued: the GPU is waited for once in a round. The kernels of
+`jaxreg.ops` take a Hopper GPU; on others it times XLA alone and says so.
 
 Run:
     python -m benchmarks.gpu [--rounds N] [--smoke] [--tune FILE]
@@ -32,6 +32,7 @@ import numpy as np
 import optax
 
 import jaxreg as jr
+from benchmarks import linear_cross_entropy
 from benchmarks._timing import interleaved, ratios, summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,7 +100,11 @@ def check(implementation: str, width: int) -> None:
     dy = 2 * error / error.size
     dz = (dy @ v.T + float(np.asarray(PENALTY.strength)) / len(x)) * (z > 0)
     loss = np.mean(error**2) + float(np.asarray(PENALTY.strength)) * np.abs(h).sum() / len(x)
-    expected = (loss, (x.T @ dz, dz.sum(0), h.T @ dy))
+    assert_close(got, (loss, (x.T @ dz, dz.sum(0), h.T @ dy)))
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    """Raise if a number is off by 3 % of its array's largest entry."""
     for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=0.03 * np.abs(e).max(), rtol=0)
 
@@ -171,6 +176,35 @@ def optimizers(smoke: bool) -> dict[str, dict[str, Callable[[], Any]]]:
             state = tx.init(params)
             groups[name][label] = functools.partial(jax.jit(update), params, state)
     return groups
+
+
+def cross_entropies(tokens: int, features: int, words: int) -> dict[str, Callable[[], Any]]:
+    """Return the cross-entropy with z-loss and its gradients: logits held, recomputed, and ours."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (tokens, features), BF16)
+    weight = jax.random.normal(keys[1], (features, words), BF16) / features**0.5
+    labels = jax.random.randint(keys[2], (tokens,), 0, words)
+    losses = {
+        "held": linear_cross_entropy.held,
+        "recomputed": functools.partial(linear_cross_entropy.recomputed, chunk=tokens // 8),
+        "jaxreg": linear_cross_entropy.ours,
+    }
+    return {
+        name: functools.partial(
+            jax.jit(linear_cross_entropy.with_gradient(loss)), hidden, weight, labels
+        )
+        for name, loss in losses.items()
+    }
+
+
+def check_cross_entropies() -> None:
+    """Raise if one is off."""
+    for call in cross_entropies(512, 256, 1024).values():
+        arrays = [np.asarray(a, np.float64) for a in call.args[:2]]
+        assert_close(
+            call(),
+            linear_cross_entropy.by_float64(*arrays, call.args[2], linear_cross_entropy.Z_LOSS),
+        )
 
 
 def torch_steps(batch: int, width: int, hidden: int) -> dict[str, Callable[[], Any]]:
@@ -247,10 +281,10 @@ def _run(device: jax.Device, implementations: list[str], options: argparse.Names
         seconds = interleaved(functions, options.rounds, queued=device.platform == "gpu")
         rows.append({"case": name} | {k: summary(v) for k, v in seconds.items()})
         cells = [f"{k} {summary(v)['median'] * 1e6:,.0f} µs" for k, v in seconds.items()]
-        if "without" in seconds:
-            relative = {k: ratios(seconds, k, "without") for k in seconds if k != "without"}
-            rows[-1]["÷ without"] = relative
-            cells += [f"{k} ÷ without {r['median']:.3f}" for k, r in relative.items()]
+        baseline, *others = seconds
+        relative = {k: ratios(seconds, k, baseline) for k in others}
+        rows[-1][f"÷ {baseline}"] = relative
+        cells += [f"{k} ÷ {baseline} {r['median']:.3f}" for k, r in relative.items()]
         print(f"{name}: {'; '.join(cells)}", flush=True)
         if not options.smoke:
             file.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
@@ -264,6 +298,9 @@ def _run(device: jax.Device, implementations: list[str], options: argparse.Names
         time(f"dense, D {width}, step", variants(layer_steps, arguments[:3], implementations))
     for name, functions in optimizers(options.smoke).items():
         time(name, functions)
+    check_cross_entropies()
+    shape = linear_cross_entropy.SMOKE if options.smoke else linear_cross_entropy.COMPILED
+    time("cross-entropy, {} tokens, {} features, {} words".format(*shape), cross_entropies(*shape))
 
 
 if __name__ == "__main__":
