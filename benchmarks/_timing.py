@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 SHORTEST = 0.05
-"""The least seconds that a function is run for in a round."""
+"""About how many seconds a function is run for in a round."""
 
 
 def interleaved(
@@ -34,6 +34,7 @@ def interleaved(
     def run(function: Callable[[], Any], calls: int) -> float:
         start = time.perf_counter()
         for left in reversed(range(calls)):
+            result = None  # one result at a time
             result = function()
             if left == 0 or not queued:
                 jax.block_until_ready(result)

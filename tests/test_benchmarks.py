@@ -2,12 +2,14 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import _report
 from benchmarks._report import Row
+from benchmarks._timing import SHORTEST, interleaved
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
@@ -46,3 +48,24 @@ def test_ratio_within_the_noise_is_no_difference(quartiles, target, verdict):
 def test_row_that_was_not_measured_says_why():
     row = Row.skipped("a ÷ b", "needs b", "≤ 1.00")
     assert row.line() == "| a ÷ b | not measured | ≤ 1.00 |  | needs b |"
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_queued_calls_are_waited_for_once_in_a_round(queued):
+    events = []
+
+    class Result:
+        def block_until_ready(self):
+            events.append("wait")
+
+    def call():
+        events.append("call")
+        time.sleep(SHORTEST / 4)
+        return Result()
+
+    seconds = interleaved({"a": call}, 3, queued=queued)["a"]
+    assert len(seconds) == 3
+    assert min(seconds) >= SHORTEST / 4
+    calls, waits = (events[4:].count(event) for event in ("call", "wait"))
+    assert calls >= 6
+    assert waits == (3 if queued else calls)

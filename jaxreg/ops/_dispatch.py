@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
@@ -75,9 +75,9 @@ def only_on(
 def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., Any]) -> Any:
     """Return the function that runs on a device of its kind, and elsewhere the other one.
 
-    It is decided where it is lowered. It is the other one outside of `jit`, for several platforms
-    at once, for a device that is not there, and where arrays may be split over devices, outside of
-    a `shard_map` over all axes.
+    It is decided where it is lowered. It is the other one where it runs by itself, not compiled as
+    part of something; for several platforms at once; for a device that is not there; and where
+    arrays may be split over devices, outside of a `shard_map` over all axes.
     Its derivative is for the caller to define.
     """
     if not kinds:
@@ -87,16 +87,17 @@ def by_device(kinds: Mapping[str, Callable[..., Any]], otherwise: Callable[..., 
         flat, tree = jax.tree.flatten(operands)
         outs: Any = None
 
-        def traced(run: Callable[..., Any]) -> Any:
+        def on_leaves(run: Callable[..., Any]) -> Callable[..., Any]:
             def flattened(*flat: Any) -> Any:
                 nonlocal outs
                 leaves, outs = jax.tree.flatten(run(*jax.tree.unflatten(tree, flat)))
                 return leaves
 
-            return jax.make_jaxpr(flattened)(*flat)
+            return flattened
 
-        choices = tuple(map(traced, [*kinds.values(), otherwise]))
-        return jax.tree.unflatten(outs, _choose.bind(*flat, kinds=tuple(kinds), choices=choices))
+        choices = tuple(map(on_leaves, [*kinds.values(), otherwise]))
+        leaves = _choose.bind(*flat, kinds=tuple(kinds), choices=choices)
+        return jax.tree.unflatten(outs, leaves)
 
     return dispatched
 
@@ -106,15 +107,13 @@ _choose.multiple_results = True
 
 
 def _run_chosen(*operands: Any, choices: Any, **_: Any) -> Any:
-    # Not lowered as a whole; a choice would be compiled anew in each call.
-    return jaxpr_as_fun(choices[-1])(*operands)
+    # Nothing is compiled as a whole, and a kernel alone would be compiled anew in each call.
+    return choices[-1](*operands)
 
 
 def _batch_choices(operands: Any, axes: Any, *, kinds: Any, choices: Any) -> Any:
-    def batched(jaxpr: Any) -> Any:
-        return jax.make_jaxpr(jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes)))(*operands)
-
-    outs = _choose.bind(*operands, kinds=kinds, choices=tuple(map(batched, choices)))
+    batched = tuple(jax.vmap(choice, in_axes=tuple(axes)) for choice in choices)
+    outs = _choose.bind(*operands, kinds=kinds, choices=batched)
     return outs, [0] * len(outs)
 
 
@@ -126,7 +125,7 @@ def _lower_chosen(ctx: Any, *operands: Any, kinds: Any, choices: Any) -> Any:
     whole = _is_whole(ctx.module_context.axis_context)
     kind = backend.devices()[0].device_kind if backend and whole else None
     chosen = choices[kinds.index(kind) if kind in kinds else -1]
-    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands)
 
 
 def _is_whole(context: Any) -> bool:
@@ -136,7 +135,9 @@ def _is_whole(context: Any) -> bool:
     return getattr(context, "num_devices", 1) in (None, 1)
 
 
-_choose.def_abstract_eval(lambda *_, choices, **__: choices[-1].out_avals)
+_choose.def_abstract_eval(
+    lambda *operands, choices, **_: jax.make_jaxpr(choices[-1])(*operands).out_avals
+)
 _choose.def_impl(_run_chosen)
 batching.primitive_batchers[_choose] = _batch_choices
 mlir.register_lowering(_choose, _lower_chosen)

@@ -7,7 +7,7 @@ result is deterministic.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ class Results:
         return "examples" in self.summed
 
     def total(self, values: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return the sums of arrays whose first axis is of rows, or of rows of tiles."""
+        """Return the sums of arrays; over everything, or over the first axis, which is of tiles."""
         pairs = zip(values, self.summed, strict=True)
         return [jnp.sum(value, axis=None if over == "all" else 0) for value, over in pairs]
 
@@ -337,16 +337,11 @@ def kernel(
                 numbers = [scalars_ref[s] for s in range(scalars)]
                 for barriers in columns_arrived:
                     plgpu.barrier_wait(barriers.at[mine])
-                # What lies in one thread is added up as it comes.
+                # One array for everything, or one for each part.
                 sums: list[list[jax.Array]] = [[] for _ in results.summed]
                 for part in range(parts):
                     its_columns = product[:, part * tiles.part : (part + 1) * tiles.part]
-                    for half, summed in enumerate(finish_part(its_columns, part, numbers)):
-                        for held, over, value in zip(sums, results.summed, summed, strict=True):
-                            if half == 0 and (part == 0 or over == "examples"):
-                                held.append(value)
-                            else:
-                                held[-1] += value
+                    finish_part(its_columns, part, numbers, sums)
                 for ref, over, held in zip(sum_refs, results.summed, sums, strict=True):
                     if over == "all":
                         ref[j, pl.ds(row * HALF, HALF)] = jnp.sum(held[0], axis=1)
@@ -360,7 +355,9 @@ def kernel(
                                 _store(ref.at[row, at(part)], jnp.sum(value, axis=0))
                     plgpu.barrier_arrive(sums_turn.at[1 - mine])
 
-            def finish_part(product: jax.Array, part: int, numbers: Any) -> Iterator[Any]:
+            def finish_part(
+                product: jax.Array, part: int, numbers: Any, sums: list[list[jax.Array]]
+            ) -> None:
                 slot = part % tiles.slots
                 if not loaded:
                     # What was stored from this buffer has left it.
@@ -380,7 +377,12 @@ def kernel(
                     whole, summed = epilogue(its_product, given, vectors, numbers)
                     for slots, value in zip(buffers, whole, strict=False):
                         slots[mine, slot, its_rows] = value.astype(dtype)
-                    yield summed
+                    # What lies in one thread is added up as it comes.
+                    for held, over, value in zip(sums, results.summed, summed, strict=True):
+                        if not held or (over == "examples" and half == 0):
+                            held.append(value)
+                        else:
+                            held[-1] += value
                 plgpu.commit_smem()
                 for ref, slots in zip(stored_refs, buffers, strict=False):
                     plgpu.copy_smem_to_gmem(slots.at[mine, slot], ref.at[rows, at(part)])

@@ -74,7 +74,11 @@ def product(
         return lambda *given: varying_as(run(*given), given)
 
     key = _tuning.shape_class(name, m, n, k, x.dtype)
+    heuristic = None
     if asked_by is not None:
+        heuristic = _tiles.config(problem, bool(loaded))
+        room = f"its epilogue reads {len(columns)} vectors, for which a block's memory has no room"
+        _dispatch.require(asked_by, "mosaic_gpu", None if heuristic else room)
         array: Any = jax.ShapeDtypeStruct
         shapes = jax.tree.map(lambda a: array(a.shape, a.dtype), operands)
         _tuning.measure(key, functools.partial(_calls, run, shapes, problem))
@@ -83,13 +87,7 @@ def product(
         for kind, record in _tuning.known(key).items()
         if record.config.fits(problem) and (asked_by is not None or record.seconds < record.xla)
     }
-    heuristic = None
-    if asked_by is not None:
-        heuristic = _tiles.config(problem, bool(loaded))
-        room = f"its epilogue reads {len(columns)} vectors, for which a block's memory has no room"
-        _dispatch.require(asked_by, "mosaic_gpu", None if heuristic else room)
-    otherwise = run(heuristic)
-    chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(otherwise))
+    chosen: Callable[..., Outcome] = _dispatch.by_device(tuned, marked(run(heuristic)))
     return chosen(*operands)
 
 
@@ -128,7 +126,7 @@ def _calls(run: Any, shapes: Any, problem: Problem) -> _tuning.Calls:
     """Return the default device's kind, and compiled calls on arrays of these shapes."""
     # A GPU multiplies equal numbers faster than others.
     draw = functools.partial(jax.random.normal, jax.random.key(0))
-    arrays = jax.tree.map(lambda a: draw(a.shape, a.dtype), shapes)
+    arrays = jax.tree.map(lambda a: draw(a.shape).astype(a.dtype), shapes)
     (device,) = arrays[0].devices()
     tried = (None, *_tuning.candidates(problem))
     lowered = [jax.jit(run(tiles)).lower(*arrays) for tiles in tried]

@@ -22,7 +22,7 @@ class Problem(NamedTuple):
         arrays: how many arrays of the output's shape the epilogue loads, or stores, whichever are
             more.
         columns: how many arrays (n,) it loads.
-        by_column: whether it adds up over rows first.
+        by_column: whether it has sums for each column.
     """
 
     m: int
@@ -34,8 +34,8 @@ class Problem(NamedTuple):
 
     @property
     def scratch(self) -> int:
-        """The bytes through which sums go from warp to warp: all of a part's at once."""
-        return 4096 if self.by_column else 1024
+        """The bytes through which sums over rows go from warp to warp."""
+        return 4096 if self.by_column else 0
 
 
 @dataclasses.dataclass(frozen=True)

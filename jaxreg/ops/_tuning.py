@@ -117,9 +117,9 @@ def tuned(
 ) -> Iterator[None]:
     """Take tiles from a file of one's own, and with `measure` add what it lacks.
 
-    A kernel runs with the tiles that are recorded for its shapes, dtype and device. Where it was
-    faster than XLA there, `implementation=None` runs it as well. What was traced before the context
-    was entered, or outside of it, stays as it is.
+    Under `jit` a kernel runs with the tiles that are recorded for its shapes, dtype and device.
+    Where it was faster than XLA there, `implementation=None` runs it as well. What was traced
+    before the context was entered, or outside of it, stays as it is.
 
     Args:
         file: JSON; with `measure` it is written at the end, after an error too, and need not exist.
@@ -155,6 +155,7 @@ def _seconds(run: Callable[[], Any]) -> float:
     def mean(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
+            result = None  # one result at a time
             result = run()
         # The device runs them in order.
         wait(result)

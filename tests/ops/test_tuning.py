@@ -1,5 +1,6 @@
 """What is measured of a kernel, where it is kept, and what it decides."""
 
+import contextlib
 import functools
 import json
 from typing import Any
@@ -149,11 +150,30 @@ def test_what_is_measured_elsewhere_is_refused(tmp_path, monkeypatch):
         jax.jit(layer).trace(X, W)
 
 
-def test_without_tiles_the_kernel_is_refused():
+@pytest.mark.parametrize("measure", [False, True])
+def test_without_tiles_the_kernel_is_refused(tmp_path, measure):
     product = functools.partial(_product.product, epilogue=lambda part, *_: ((part,), ()))
     many = [jnp.zeros(128)] * 250
-    with pytest.raises(NotImplementedError, match="reads 250 vectors, for which"):
+    tuning = jr.ops.tuned(tmp_path / "tiles.json", measure=True)
+    with (
+        pytest.raises(NotImplementedError, match="reads 250 vectors, for which"),
+        tuning if measure else contextlib.nullcontext(),
+    ):
         product(X, W, columns=many, results=Results(1, ()), name="test", asked_by="dense")
+
+
+def test_settings_of_any_type_are_measured(tmp_path, kernels):
+    def run(flag, strength):
+        scalars = [flag, strength]
+
+        def epilogue(part, _, __, scalars):
+            return (part + jnp.where(scalars[0] > 0, scalars[1], 0),), ()
+
+        settings: Any = {"results": Results(1, ()), "name": "test", "asked_by": "dense"}
+        return _product.product(X, W, scalars=scalars, epilogue=epilogue, **settings)
+
+    with jr.ops.tuned(tmp_path / "tiles.json", measure=True, timer=lambda run: 1.0):
+        jax.jit(run).trace(jnp.array(True), jnp.int32(2))
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, kernels):
@@ -180,7 +200,7 @@ def test_the_device_is_looked_at_when_the_function_is_lowered():
     x = jnp.arange(8.0)
     here = jax.jit(lambda x: run([KIND])(x)["y"])
     np.testing.assert_array_equal(here(x), 2 * x)
-    # Outside of `jit` nothing is lowered as a whole.
+    # By itself it is not compiled as part of anything.
     np.testing.assert_array_equal(run([KIND])(x)["y"], x)
     np.testing.assert_array_equal(jax.jit(lambda x: run(["other"])(x)["y"])(x), x)
     np.testing.assert_array_equal(jax.vmap(here)(x[:, None])[:, 0], 2 * x)

@@ -41,9 +41,9 @@ def dense(
             is produced, and on GPU reads it again. `"mosaic_gpu"` is a kernel for NVIDIA Hopper
             that does not: bfloat16 or float16, sizes that are multiples of its tiles, a function f
             of single entries, and a penalty whose moments are sums of such. It is not partitioned:
-            under a mesh call it inside `jax.shard_map`. None takes it for shapes for which it is
-            recorded to be faster on the device, by `jaxreg.ops.tuned`; the package has no record
-            yet.
+            under a mesh call it inside `jax.shard_map`. Under `jit`, None takes it for shapes for
+            which it is recorded to be faster on the device, by `jaxreg.ops.tuned`; the package has
+            no record yet.
 
     Returns:
         The activation (..., n), of the operands' dtype, and the penalty of it, a scalar in float32
