@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from jaxreg.activity import Parameter, site, sow
+from jaxreg.activity import Parameter, alike, site, sow
 from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
@@ -109,6 +109,7 @@ class Dense(nn.Module):
         found = None if penalty is None else site(self, name)
         if found is not None and penalty is not None:
             run, path = found
+            penalty = alike(penalty)
             run.keep(self, path, penalty, Parameter(penalty, shape))
 
 

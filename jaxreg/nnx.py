@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jaxreg.activity import sow
+from jaxreg.activity import alike, sow
 from jaxreg.activity._nnx import PenaltyTerm as PenaltyTerm
 from jaxreg.activity._nnx import is_foreign
 from jaxreg.ops.dense import Activation, penalized
@@ -203,6 +203,9 @@ def _held(penalty: Penalty | None, argument: str) -> Any:
     """Return what a module can hold of a penalty."""
     if penalty is not None and not isinstance(penalty, Penalty):
         raise TypeError(f"`jaxreg.nnx.{argument}` must be a Penalty or None; got {penalty!r}.")
+    if penalty is None:
+        return None
+    penalty = alike(penalty)
     # An array must be data to NNX; numbers stay out of the module's state.
     arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(penalty))
     return nnx.data(penalty) if arrays else penalty

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
@@ -28,7 +29,8 @@ class Parameter:
     each step.
 
     Args:
-        penalty: the penalty. Of its settings only arrays are leaves: a transformation stacks those.
+        penalty: the penalty, its settings `alike`. Only arrays are leaves: a transformation stacks
+            those.
         shape: of the parameter in its module.
     """
 
@@ -49,6 +51,16 @@ class Parameter:
         rest = iter(arrays)
         settings = [next(rest) if number is None else number for number in numbers]
         return cls(jax.tree.unflatten(structure, settings), shape)
+
+
+def alike(penalty: Penalty) -> Penalty:
+    """Return the penalty with all of its settings arrays, if one of them is.
+
+    Transformations stack arrays alone: so either all of them or none.
+    """
+    settings = jax.tree.leaves(penalty)
+    arrays = any(isinstance(setting, jax.Array | np.ndarray) for setting in settings)
+    return jax.tree.map(jnp.asarray, penalty) if arrays else penalty
 
 
 @dataclasses.dataclass

@@ -844,6 +844,53 @@ def test_parameters_with_penalties_of_their_own_are_scanned_inside_of_a_branch()
             np.testing.assert_allclose(gradient, 0.4 * kernel, rtol=1e-5)
 
 
+SETTINGS: dict[str, Callable[[Any], jr.Penalty]] = {
+    "number and array": lambda s: jr.L1(0.1) + jr.L2(s),
+    "array and number": lambda s: jr.L2(s) + jr.L1(0.1),
+    "NumPy's": lambda s: jr.L1(np.array(0.1)) + jr.L2(s),  # type: ignore[arg-type, unused-ignore]
+    "threshold": lambda s: jr.Huber(0.1, delta=s),
+    "reference": lambda s: jr.L2To(0.1, reference=s * jnp.ones((3, 3))),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_parameters_penalties_of_numbers_and_arrays_are_scanned(name, stacked):
+    """Layers of their own, stacked twice, or one that runs several times."""
+    axes: Any = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+    if stacked:
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+    class Layer(nn.Module):
+        strength: Any
+
+        @nn.compact
+        def __call__(self, x, _):
+            penalty = SETTINGS[name](self.strength)
+            return jr.linen.Dense(3, use_bias=False, kernel_regularizer=penalty)(x), None
+
+    class Layers(nn.Module):
+        strength: Any
+
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.scan(Layer, length=3, **axes)(self.strength)(x, None)
+
+    def total(strength, variables):
+        model = nn.scan(Layers, length=2, **axes)(strength)
+        return jr.activity({})(model.apply)(variables, X, None)[1].total
+
+    variables = nn.scan(Layers, length=2, **axes)(0.3).init(KEY, X, None)
+    (kernel,) = jax.tree.leaves(variables)
+
+    def by_hand(strength):
+        return sum(SETTINGS[name](strength)(k) for k in kernel.reshape(-1, 3, 3))
+
+    expected = jax.value_and_grad(by_hand)(0.3)
+    got = jax.jit(jax.value_and_grad(total))(0.3, variables)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
 def test_a_strength_that_is_made_inside_of_a_branch_is_an_error_of_jax():
     def learned(module, x):
         return sown(jr.L1(jnp.mean(x) ** 2))(module, x)

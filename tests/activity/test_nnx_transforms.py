@@ -7,6 +7,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from flax.nnx import bridge
@@ -257,3 +258,28 @@ def test_an_nnx_module_inside_of_linen():
         jax.value_and_grad(lambda v: squares(model.apply(v, X)))(variables),
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("strength", [np.array(0.2), jnp.float32(0.2)], ids=["NumPy's", "JAX's"])
+def test_parameters_penalties_of_numbers_and_arrays_are_scanned(strength):
+    penalty = jr.L1(0.1) + jr.L2(strength)
+
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap
+    def make(rngs):
+        return jr.nnx.Dense(3, 3, kernel_regularizer=penalty, rngs=rngs)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = make(nnx.Rngs(0))
+
+        def __call__(self, x):
+            step: Any = nnx.scan(
+                lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )
+            return step(x, self.layers)
+
+    model = Model()
+    total = nnx.jit(lambda model, x: jr.activity({})(model)(x)[1].total)(model, jnp.ones((2, 3)))
+    expected = sum(penalty(kernel) for kernel in model.layers.kernel[...])
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
