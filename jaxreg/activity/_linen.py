@@ -32,7 +32,10 @@ def run_apply(
         wanted = union_filters(wanted, COLLECTION)
     mutable = union_filters(wanted, COLLECTION)
     forward = partial(forward, *args, **{**kwargs, "mutable": mutable})
-    run, measured, (out, state) = _run(forward, new_pass, _modules(variables), collects=True)
+    asked = in_filter(wanted, COLLECTION)
+    run, measured, (out, state) = _run(
+        forward, new_pass, _modules(variables), collects=True, keeps=asked
+    )
     rest, sown = take_sown(state.get(COLLECTION, {}))
     measured = merge(measured, sown)
     if not kwargs.get("capture_intermediates"):
@@ -41,7 +44,7 @@ def run_apply(
     if wanted is False:
         return out, measured
     kept = {name: state[name] for name in state if name != COLLECTION}
-    if rest and in_filter(wanted, COLLECTION):
+    if rest and asked:
         kept[COLLECTION] = rest
     return (out, freeze(kept) if isinstance(state, FrozenDict) else kept), measured
 
@@ -70,8 +73,17 @@ def _run(
     seen: dict[str, None],
     *,
     collects: bool,
+    keeps: bool = True,
 ) -> tuple[Pass, Measured, Any]:
-    """Run a forward pass; return what was measured outside of its lifted transformations."""
+    """Run a forward pass; return what was measured outside of its lifted transformations.
+
+    Args:
+        forward: the forward pass.
+        new_pass: returns what its modules consult.
+        seen: the paths of the modules that are known before.
+        collects: see `Calls`.
+        keeps: whether anyone asked for what the modules sow of their own.
+    """
     calls = Calls(collects=collects)
     while True:
         run = new_pass(carry=calls.carry, seen=dict(seen))
@@ -81,7 +93,7 @@ def _run(
             with (
                 calls.begin(),
                 under_way(run),
-                nn.intercept_methods(partial(_intercept, run, calls)),
+                nn.intercept_methods(partial(_intercept, run, calls, keeps)),
             ):
                 out = forward()
         except Exception:
@@ -94,6 +106,7 @@ def _run(
 def _intercept(
     run: Pass,
     calls: Calls,
+    keeps: bool,
     call: Callable[..., Any],
     args: Any,
     kwargs: Any,
@@ -113,7 +126,8 @@ def _intercept(
     )
     is_call = is_call and not calls.share_scope(module)
     with calls.entered(module, is_call=is_call) as entered:
-        with _watched(run, module):
+        # Transformations need not let it out, as bare they do not see it.
+        with _watched(run, module, keeps or not entered.lifts):
             out = call(*args, **kwargs)
         if is_call:
             run.record(module, run.at(*module.path), out)
@@ -121,8 +135,11 @@ def _intercept(
 
 
 @contextmanager
-def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
-    """Measure what the module itself sows. A bound module is a copy made for one forward pass."""
+def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
+    """Measure what the module itself sows, and let it sow that if it is to be kept.
+
+    A bound module is a copy made for one forward pass.
+    """
     if "sow" in vars(module):
         yield
         return
@@ -130,6 +147,8 @@ def _watched(run: Pass, module: nn.Module) -> Iterator[None]:
     def sow(col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
         if col == COLLECTION:
             run.record(module, run.at(*module.path, name), value)
+            if not keeps:
+                return False
         return type(module).sow(module, col, name, value, *args, **kwargs)
 
     object.__setattr__(module, "sow", sow)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,7 +58,9 @@ def run_module(
         # a way that can be told. Modules that no rule matches stay as they are until they sow.
         if run.penalty(join(*path)) is not None:
             node._jaxreg_terms = nnx.data(PenaltyTerm({}))
-    call: Any = copy if forward is module else getattr(copy, forward.__name__)
+    call: Any = copy
+    if forward is not module and forward.__func__ is not type(module).__call__:
+        call = types.MethodType(forward.__func__, copy)
     with under_way(run):
         try:
             out = call(*args, **kwargs)

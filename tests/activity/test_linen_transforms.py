@@ -844,6 +844,37 @@ def test_parameters_with_penalties_of_their_own_are_scanned_inside_of_a_branch()
             np.testing.assert_allclose(gradient, 0.4 * kernel, rtol=1e-5)
 
 
+THROUGH: dict[str, Callable[[Any, Any], Any]] = {
+    "cond": lambda m, x: nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, m, x),
+    "vmap": lambda m, x: nn.vmap(lambda m, x: m(x), variable_axes={True: None})(m, x),
+    "scan": lambda m, x: nn.scan(lambda m, x, _: (m(x), None), length=2, variable_broadcast=True)(
+        m, x, None
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_what_a_model_sows_for_no_one_is_no_matter_of_its_transformations(name):
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(3)(x)
+            self.sow("intermediates", "hidden", h)
+            return h
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            sower, head = Sower(), nn.Dense(2, name="head")
+            return head(sower(x) if self.is_initializing() else THROUGH[name](sower, x))
+
+    variables = {"params": Model().init(KEY, X)["params"]}
+    expected: Any = Model().apply(variables, X)
+    out, terms = jr.activity({"head": jr.L2(1.0)})(Model().apply)(variables, X)
+    chex.assert_trees_all_close(out, expected, rtol=1e-6)
+    np.testing.assert_allclose(terms["head"], jnp.sum(expected**2) / len(X), rtol=1e-5)
+
+
 SETTINGS: dict[str, Callable[[Any], jr.Penalty]] = {
     "number and array": lambda s: jr.L1(0.1) + jr.L2(s),
     "array and number": lambda s: jr.L2(s) + jr.L1(0.1),

@@ -1,4 +1,5 @@
 import threading
+import types
 from typing import Any
 
 import chex
@@ -450,3 +451,27 @@ def test_an_activity_inside_another_measures_alone():
     chex.assert_trees_all_close(inner.as_dict(), expected, rtol=1e-6)
     once = jnp.sum(code) / 4
     chex.assert_trees_all_close(outer.as_dict(), {"encoder": once, "encoder/code": once}, rtol=1e-6)
+
+
+def test_any_bound_method_runs_itself():
+    class Base(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dense(x)
+
+        encode = __call__
+        shifted = lambda self, x: self.dense(x + 1)  # noqa: E731
+
+    class Derived(Base):
+        def __call__(self, x):
+            return 2 * self.dense(x)
+
+    model = Derived()
+    free = types.MethodType(lambda self, x: 3 * self.dense(x), model)
+    x = jnp.ones((2, 3))
+    for method in (model.encode, model.shifted, free, model):
+        y, terms = jr.activity({"dense": jr.L2(1.0)})(method)(x)
+        np.testing.assert_allclose(y, method(x), rtol=1e-6)
+        assert list(terms) == ["dense"]
