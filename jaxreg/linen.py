@@ -92,6 +92,13 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        for name in ("kernel", "bias", "activity"):
+            penalty = getattr(self, f"{name}_regularizer")
+            if penalty is not None and not isinstance(penalty, Penalty):
+                raise TypeError(
+                    f"`jaxreg.linen.Dense({name}_regularizer=...)` must be a Penalty or None; got"
+                    f" {penalty!r}."
+                )
         self._report("kernel", self.kernel_regularizer, shape)
         self._report("bias", self.bias_regularizer if self.use_bias else None, shape[1:])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
@@ -101,11 +108,6 @@ class Dense(nn.Module):
         )
 
     def _report(self, name: str, penalty: Penalty | None, shape: tuple[int, ...]) -> None:
-        if penalty is not None and not isinstance(penalty, Penalty):
-            raise TypeError(
-                f"`jaxreg.linen.Dense({name}_regularizer=...)` must be a Penalty or None; got"
-                f" {penalty!r}."
-            )
         found = None if penalty is None else site(self, name)
         if found is not None and penalty is not None:
             run, path = found
@@ -150,6 +152,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the output (..., features[-1]) for an input (..., d)."""
+        if not self.features:
+            raise ValueError("`jaxreg.linen.MLP(features)` must have at least one layer; got none.")
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
             x = Dense(

@@ -172,6 +172,11 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         sizes = list(itertools.pairwise(features))
+        if not sizes:
+            raise ValueError(
+                "`jaxreg.nnx.MLP(features)` must have the sizes of the input and of at least one"
+                f" layer; got {features!r}."
+            )
         last = len(sizes) - 1
         self.layers = nnx.List(
             [

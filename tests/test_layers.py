@@ -1,5 +1,6 @@
 """Dense layers that carry their penalties, in Linen and in NNX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -325,6 +326,33 @@ def test_a_regularizer_that_is_no_penalty_is_an_error():
         jr.nnx.Dense(5, 4, kernel_regularizer=1e-4, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"linen.Dense\(kernel_regularizer=...\)` must be a Pen"):
         init(jr.linen.Dense(4, kernel_regularizer="l2"), X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"linen.Dense\(activity_regularizer=...\)` must be a Pen"):
+        init(jr.linen.Dense(4, activity_regularizer="l2"), X)  # type: ignore[arg-type]
     layer = jr.linen.Dense(4, kernel_regularizer=jr.NonNegative())
     with pytest.raises(TypeError, match="is a constraint"):
         measure(layer, init(layer, X), X)
+
+
+def test_an_activation_that_is_no_function_is_an_error():
+    name: Any = "relu"
+    given = {"activation": name, "penalty": jr.L1(0.1), "implementation": "mosaic_gpu"}
+    calls: list[Callable[[], Any]] = [
+        lambda: init(jr.linen.Dense(4, name), X),
+        lambda: jr.nnx.Dense(5, 4, name, rngs=nnx.Rngs(0))(X),
+        lambda: jr.ops.dense(X, jnp.ones((5, 4)), **given),
+        lambda: jr.ops.mlp(X, jnp.ones((5, 4)), None, jnp.ones((4, 2)), None, **given),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"must be a function .* `jax.nn.relu`; got 'relu'"):
+            call()
+    pair: Any = jnp.frexp
+    with pytest.raises(ValueError, match=r"of the shape that it is given; got tuple"):
+        init(jr.linen.Dense(4, pair), X)
+
+
+def test_an_mlp_has_layers():
+    with pytest.raises(ValueError, match="at least one layer"):
+        init(jr.linen.MLP(()), X)
+    for features in ((), (4,)):
+        with pytest.raises(ValueError, match="the input and of at least one layer"):
+            jr.nnx.MLP(features, rngs=nnx.Rngs(0))

@@ -110,13 +110,19 @@ class Activity:
         """Return the forward pass that returns `(out, terms)`.
 
         Its errors name the mend: a ValueError for a rule that wins nothing and for a term that a
-        transformation inside the model would drop.
+        transformation inside the model would drop; a TypeError for a Linen module in place of its
+        `apply`.
         """
         run: Callable[..., tuple[Any, Any]]
         if _nnx.module_of(forward) is not None:
             run = _nnx.run_module
         elif _linen.is_apply(forward):
             run = _linen.run_apply
+        elif _linen.is_unbound(forward):
+            raise TypeError(
+                "`jaxreg.activity(rules)` takes a forward pass, which of a Linen module is its"
+                f" `apply`; got a {type(forward).__name__} itself."
+            )
         else:
             run = _linen.run_function
 

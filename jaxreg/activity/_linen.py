@@ -21,6 +21,11 @@ def is_apply(forward: Any) -> bool:
     return isinstance(getattr(forward, "__self__", None), nn.Module) and forward.__name__ == "apply"
 
 
+def is_unbound(forward: Any) -> bool:
+    """Return whether this is a Linen module that has no variables."""
+    return isinstance(forward, nn.Module) and forward.scope is None
+
+
 def run_apply(
     forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:

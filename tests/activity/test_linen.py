@@ -605,3 +605,8 @@ def test_jax_transformations_inside_a_module_are_an_error(wrap):
 def test_what_is_no_penalty_is_an_error(run):
     with pytest.raises(TypeError, match=r"takes a Penalty; got 0.1"):
         run(X, 0.1) if run else jr.sow(MODEL, "code", X, 0.1)  # type: ignore[arg-type]
+
+
+def test_a_module_in_place_of_its_apply_is_an_error():
+    with pytest.raises(TypeError, match="of a Linen module is its `apply`; got a Dense itself"):
+        jr.activity({})(nn.Dense(3))

@@ -9,7 +9,7 @@ from jaxreg.penalties import Penalty
 from jaxreg.terms import AxisName, Measurement, Reduction, check_reduction, measure
 
 from ._mosaic_gpu import supports
-from ._reference import Activation, reference
+from ._reference import Activation, check_activation, reference
 from ._rule import identity, layer, layer_wins
 
 
@@ -53,7 +53,8 @@ def dense(
         That of the formula, of any order, in forward and in reverse mode; kinks are f's and R's.
 
     Raises:
-        TypeError: for integer operands, or a penalty that is none.
+        TypeError: for integer operands, a penalty that is none, or an activation that cannot be
+            called.
         ValueError: for shapes that do not match, an activation that changes the shape, an unknown
             reduction or implementation; with `axis_name`, for a penalty that does not add up over
             the leading axis.
@@ -97,6 +98,7 @@ def measured(
     """Return the activation and its penalty before it is finished; see `dense`."""
     x, w, b = jnp.asarray(x), jnp.asarray(w), None if b is None else jnp.asarray(b)
     check("dense", penalty, x, w, b)
+    check_activation(activation)
     check_reduction(reduction)
     f = activation or identity
 

@@ -1,6 +1,7 @@
 """The specification of the dense layer, in plain JAX."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,29 @@ def reference(
     """Return activation(x w + b), of the operands' dtype.
 
     Raises:
-        ValueError: for an activation that returns another shape than it is given.
+        TypeError: for an activation that is no function of an array.
+        ValueError: for one that returns another shape than it is given.
     """
+    check_activation(activation)
     z = jnp.matmul(x, w)
     if b is not None:
         z = z + b
     if activation is None:
         return z
     a = activation(z)
-    if a.shape != z.shape:
+    shape = getattr(a, "shape", type(a).__name__)
+    if shape != z.shape:
         raise ValueError(
-            f"An activation must return an array of the shape that it is given; got {a.shape} for"
+            f"An activation must return an array of the shape that it is given; got {shape} for"
             f" {z.shape}."
         )
     return a
+
+
+def check_activation(activation: Any) -> None:
+    """Raise unless this can be called, or is None."""
+    if not (activation is None or callable(activation)):
+        raise TypeError(
+            "An activation must be a function of an array, such as `jax.nn.relu`; got"
+            f" {activation!r}."
+        )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.ops import _dispatch
-from jaxreg.ops.dense import Activation, check, layer_wins, reference
+from jaxreg.ops.dense import Activation, check, check_activation, layer_wins, reference
 from jaxreg.penalties import Penalty
 from jaxreg.terms import AxisName, Reduction, check_reduction, measure
 
@@ -60,7 +60,8 @@ def mlp(
         Where the loss also depends on h itself, the backward pass is XLA's.
 
     Raises:
-        TypeError: for integer operands, or a penalty that is none.
+        TypeError: for integer operands, a penalty that is none, or an activation that cannot be
+            called.
         ValueError: for shapes that do not match, an activation that changes the shape, an unknown
             reduction or implementation; with `axis_name`, for a penalty that does not add up over
             the leading axis.
@@ -82,6 +83,7 @@ def mlp(
     array: Any = jax.ShapeDtypeStruct
     hidden = array((*x.shape[:-1], w1.shape[1]), x.dtype)
     check("mlp", penalty, hidden, w2, b2, " in the second")
+    check_activation(activation)
     check_reduction(reduction)
 
     def reason() -> str | None:
