@@ -197,5 +197,6 @@ def _require_carried(carried: dict[str, set[tuple[int, bool]]], measured: Measur
             raise ValueError(
                 f'`jaxreg.activity` lost the term "{path}" in a transformation around it. Use'
                 " `nnx.scan` or `nnx.vmap` rather than JAX's own, and give the term an axis:"
-                " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`."
+                " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`. In place of `nnx.merge`, which"
+                " makes another module, `nnx.update` the one that it was."
             )
