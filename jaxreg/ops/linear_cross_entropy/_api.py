@@ -142,12 +142,12 @@ def linear_cross_entropy(
         check.floating(name, value)
     factors = jnp.dtype(jnp.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype)
     wide = jnp.promote_types(factors, jnp.float32)
-    w = check.token_weights(weights, labels, ignore_index, vocabulary, wide)
+    w, has_label = check.token_weights(weights, labels, ignore_index, vocabulary, wide)
     problem = Problem(
         hidden=hidden,
         weight=weight,
         bias=bias,
-        labels=jnp.where(w == 0, -1, labels),  # no word, so that its loss is finite
+        labels=jnp.where(has_label, labels, -1),  # no word, so that its loss is finite
         weights=w,
         z_loss=jnp.asarray(z_loss, wide),
     )

@@ -23,8 +23,13 @@ def token_weights(
     ignore_index: int | None,
     vocabulary: int,
     dtype: DTypeLike,
-) -> jax.Array:
-    """Return each token's weight: 0 where ignored, NaN where the label is traced and no word."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return each token's weight, and whether its label counts, if not with a weight of zero.
+
+    The weight is 0 where the token is ignored, and NaN where the label is traced and no word. What
+    can be differentiated by its weight has a label at a weight of zero, too: a mask's has not.
+    """
+    varies = weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.inexact)
     if weights is None:
         w = jnp.ones(labels.shape, dtype)
     else:
@@ -46,7 +51,8 @@ def token_weights(
                 f"`jaxreg.{NAME}(labels=...)` must be in [0, {vocabulary}), or ignore_index"
                 f" ({ignore_index}); got {found.flat[0]}, and {found.size} such labels in all."
             )
-    return jnp.where(outside, jnp.nan, jnp.where(ignored, 0, w))
+    w = jnp.where(outside, jnp.nan, jnp.where(ignored, 0, w))
+    return w, ~ignored if varies else w != 0
 
 
 def floating(argument: str, dtype: DTypeLike | None) -> None:

@@ -123,15 +123,21 @@ def of_logits(
             terms themselves are to be differentiated.
     """
     terms, statistics, _ = _sweep(settings, hidden, weight, bias, data)
-    return _weighted(coefficients, terms), terms, statistics
+    return weighted(coefficients, terms), terms, statistics
 
 
-def _weighted(
+def weighted(
     coefficients: tuple[jax.Array, ...] | None, terms: tuple[jax.Array, ...]
 ) -> jax.Array | None:
+    """Return Σ coefficient · term, or None where it is not wanted."""
     if coefficients is None:
         return None
-    return jnp.sum(sum(c * t for c, t in zip(coefficients, terms, strict=True)))
+    return jnp.sum(sum(c * counted(c, t) for c, t in zip(coefficients, terms, strict=True)))
+
+
+def counted(coefficient: jax.Array, term: jax.Array) -> jax.Array:
+    """Return the term, and 0 where it is infinite and does not count: 0 · ∞ is NaN."""
+    return jnp.where((coefficient == 0) & jnp.isinf(term), 0, term)
 
 
 @functools.partial(of_logits.defjvp, symbolic_zeros=True)
@@ -153,13 +159,13 @@ def _of_logits_jvp(settings: Settings, primals: Any, tangents: Any) -> Any:
     else:
         dots = jax.tree.map(jnp.zeros_like, (terms, statistics))
 
-    total = _weighted(coefficients, terms)
+    total = weighted(coefficients, terms)
     total_dot: Any = None
     if total is not None:
         total_dot = jnp.zeros_like(total)
-        for c, term in zip(by_coefficients, terms, strict=True):
-            if not isinstance(c, SymbolicZero):
-                total_dot += jnp.sum(c * term)
+        for c_dot, c, term in zip(by_coefficients, coefficients, terms, strict=True):
+            if not isinstance(c_dot, SymbolicZero):
+                total_dot += jnp.sum(c_dot * counted(c, term))
         if gradients is not None:
             along = jnp.zeros_like(total)
             for gradient, tangent in zip(gradients, by_inputs, strict=True):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxreg.terms import AxisName
 
 from . import _check, _reference
-from ._chunked import Settings
+from ._chunked import Settings, counted
 from ._sharding import Explicit, PartitionSpec, psum
 
 
@@ -68,7 +68,8 @@ class Forward:
             labels.reshape(-1),
             None if self.reduction == "none" else (a, a * strength),
         )
-        loss, penalty = a * losses, strength * a * squares
+        loss = a * counted(a, losses)
+        penalty = strength * a * counted(a, squares)
         if self.reduction == "none":
             loss, penalty = loss.reshape(labels.shape), penalty.reshape(labels.shape)
             total = loss + penalty

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._chunked import weighted
+
 
 def of_logits(
     settings: Any,
@@ -30,7 +32,4 @@ def of_logits(
         loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_probabilities, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
     terms = loss, jnp.square(lse)
-    total = None
-    if coefficients is not None:
-        total = jnp.sum(coefficients[0] * terms[0] + coefficients[1] * terms[1])
-    return total, terms, (lse, correct)
+    return weighted(coefficients, terms), terms, (lse, correct)

@@ -251,6 +251,31 @@ def test_an_ignored_token_counts_nothing_where_the_first_word_is_taken_out(imple
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_of_zero_takes_out_a_token_whose_word_is_taken_out(implementation, reduction):
+    hidden, weight = jnp.ones((3, 4)), jnp.ones((4, 7))
+    bias = jnp.zeros(7).at[5].set(-jnp.inf)
+
+    def loss(weight, w):
+        labels = jnp.array([1, 2, 5])
+        return jnp.sum(
+            jr.ops.linear_cross_entropy(
+                *(hidden, weight, labels),
+                bias=bias,
+                weights=w,
+                reduction=reduction,
+                implementation=implementation,
+            ).total
+        )
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    total, gradients = both(weight, jnp.array([1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(total, np.log(6) * (1 if reduction == "mean" else 2), rtol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert np.isinf(both(weight, jnp.ones(3))[0])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_ignored_is_zero_with_gradients_of_zero(reduction):
     p = problem()
