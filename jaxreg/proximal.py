@@ -9,7 +9,13 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Penalty
-from jaxreg.transforms import apply_prox, require_kernel, require_params, value_of
+from jaxreg.transforms import (
+    apply_prox,
+    require_kernel,
+    require_params,
+    require_step,
+    value_of,
+)
 
 
 def proximal_sgd(
@@ -29,6 +35,7 @@ def proximal_sgd(
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
+        ValueError: for a concrete η that is negative, NaN, infinite or no scalar.
         NotImplementedError: from `update`, for a penalty without a closed-form operator.
 
     Example:
@@ -45,6 +52,7 @@ def proximal_sgd(
         Modeling & Simulation 4(4), 2005.
     """
     require_kernel("proximal_sgd", reg)
+    require_step("proximal_sgd(learning_rate=...)", learning_rate)
     return optax.chain(
         optax.sgd(learning_rate, momentum=momentum),  # type: ignore[arg-type,unused-ignore]
         apply_prox(reg, learning_rate),
@@ -95,7 +103,8 @@ def fista(
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
-        ValueError: for another `restart`; from `update`, without the `value` that it needs.
+        ValueError: for another `restart`, or a concrete η that is negative, NaN, infinite or no
+            scalar; from `update`, without the `value` that it needs.
         NotImplementedError: from `update`, for a penalty without a closed-form operator.
 
     Example:
@@ -118,6 +127,7 @@ def fista(
         arXiv:1204.3982, 2015.
     """
     require_kernel("fista", reg)
+    require_step("fista(learning_rate=...)", learning_rate)
     if restart not in ("gradient", "value", None):
         raise ValueError(
             f'`jaxreg.fista(restart=...)` must be "gradient", "value" or None; got {restart!r}.'
@@ -243,6 +253,7 @@ def proximal_adam(
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
+        ValueError: for a concrete η that is negative, NaN, infinite or no scalar.
         NotImplementedError: from `update`, for a penalty of a whole array, or one without a
             closed-form operator.
 
@@ -260,6 +271,7 @@ def proximal_adam(
         learning (ProxGen), arXiv:2007.07484, 2020.
     """
     require_kernel("proximal_adam", reg)
+    require_step("proximal_adam(learning_rate=...)", learning_rate)
 
     def init(params: Any) -> ProximalAdamState:
         return ProximalAdamState(

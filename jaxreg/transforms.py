@@ -1,5 +1,6 @@
 """optax gradient transformations that regularize."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Constraint
+from jaxreg.penalties._checks import require
 
 
 class CountState(NamedTuple):
@@ -99,7 +101,8 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
-        ValueError: from `update`, if it is not given `params`.
+        ValueError: for a concrete t that is negative, NaN, infinite or no scalar; from `update`, if
+            it is not given `params`.
         NotImplementedError: from `update`, for a penalty without a closed-form operator.
 
     Example:
@@ -115,6 +118,7 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
         Parikh and Boyd, Proximal algorithms, Foundations and Trends in Optimization 1(3), 2014.
     """
     require_kernel("apply_prox", reg)
+    require_step("apply_prox(step_size=...)", step_size)
 
     def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
         require_params("apply_prox", params)
@@ -279,6 +283,13 @@ def require_kernel(transform: str, reg: Any) -> None:
             f"`jaxreg.{transform}` takes a `jaxreg.kernel(...)`; got {reg!r}. For a bare penalty:"
             f" `jaxreg.{transform}(jaxreg.kernel(penalty))`."
         )
+
+
+def require_step(argument: str, step: ArrayLike | optax.Schedule) -> None:
+    """Raise unless this is a schedule, or traced, or a step that can be taken."""
+    if not callable(step):
+        what = "a finite, non-negative scalar, or a schedule"
+        require(argument, step, what, lambda t: 0 <= t < math.inf)
 
 
 def require_params(transform: str, params: Any) -> None:

@@ -438,3 +438,17 @@ def test_proximal_adam_keeps_constraints_of_entries_and_of_vectors(constraint):
     np.testing.assert_allclose(constraint.project(w), w, atol=1e-6)
     free, _ = train(jr.proximal_adam(0.05, jr.kernel({"w": None})), 20, {"w": jnp.float32(W)})
     assert np.abs(free["w"][-1] - w).max() > 1e-2
+
+
+@pytest.mark.parametrize("step", [-0.1, float("nan"), jnp.ones(2), "0.1"])
+def test_a_step_that_cannot_be_taken_is_an_error(step):
+    reg = jr.kernel(jr.L1(1.0))
+    makers: dict[str, Any] = {
+        "apply_prox(step_size": lambda: jr.apply_prox(reg, step),
+        "proximal_sgd(learning_rate": lambda: jr.proximal_sgd(step, reg),
+        "proximal_adam(learning_rate": lambda: jr.proximal_adam(step, reg),
+        "fista(learning_rate": lambda: jr.fista(step, reg),
+    }
+    for argument, make in makers.items():
+        with pytest.raises(ValueError, match=re.escape(f"`jaxreg.{argument}=...)` must be a")):
+            make()

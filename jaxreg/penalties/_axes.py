@@ -64,5 +64,10 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _from_front(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    return tuple(operator.index(a) + ndim if a < 0 else operator.index(a) for a in axes)
+    try:
+        axes = [operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,))]
+    except TypeError:
+        raise TypeError(
+            f"An axis must be an integer, or a tuple of integers; got {axis!r}."
+        ) from None
+    return tuple(a + ndim if a < 0 else a for a in axes)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._arithmetic import divide, real_dtype
-from ._checks import require
+from ._checks import check_step, require
 from ._fields import array, positive, register, setting, static
 
 
@@ -100,9 +100,11 @@ class Penalty(abc.ABC):
 
         Raises:
             NotImplementedError: where no closed form is known.
+            ValueError: for a step of another shape, or a number that is negative or NaN.
         """
         x = jnp.asarray(x)
         wide = self.prepare(x)
+        check_step(self, step, wide)
         return self._prox(wide, jnp.asarray(step, real_dtype(wide))).astype(x.dtype)
 
     @abc.abstractmethod

@@ -53,6 +53,24 @@ def _is_concrete(value: Any) -> bool:
     return isinstance(value, int | float | np.generic | np.ndarray)
 
 
+def check_step(penalty: Any, step: ArrayLike, x: jax.Array) -> None:
+    """Raise unless a proximal step broadcasts to the array as it may, and is not negative."""
+    name = f"`jaxreg.{type(penalty).__name__}.prox(x, step)`"
+    shared = penalty.step_axes(x.ndim)
+    shape = jnp.shape(step)
+    sizes = (1,) * (x.ndim - len(shape)) + shape
+    fits = len(sizes) == x.ndim and all(a in (1, b) for a, b in zip(sizes, x.shape, strict=True))
+    if not fits or any(sizes[a] != 1 for a in (range(x.ndim) if shared is None else shared)):
+        constant = "is a scalar" if shared is None else f"is constant along the axes {shared}"
+        raise ValueError(
+            f"{name} takes a step that broadcasts to x and {constant}; got shape {shape} for"
+            f" {x.shape}."
+        )
+    # An array is not waited for.
+    if isinstance(step, int | float | np.ndarray | np.generic) and not np.all(step >= 0):
+        raise ValueError(f"{name} takes a non-negative step; got {step!r}.")
+
+
 def check_broadcasts(penalty: Any, field: str, x: jax.Array, name: str) -> None:
     """Raise unless the field holds an array that broadcasts to the shape of `x`."""
     value = getattr(penalty, field)

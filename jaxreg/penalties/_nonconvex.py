@@ -46,8 +46,14 @@ class Lp(Separable):
 
     def phi(self, x: jax.Array) -> jax.Array:
         p, epsilon = jnp.asarray(self.p, x.dtype), jnp.asarray(self.epsilon, x.dtype)
-        # ε^p ((1 + (x/ε)²)^(p/2) − 1), which keeps its digits where x is small.
-        return epsilon**p * jnp.expm1(p / 2 * jnp.log1p(jnp.square(x / epsilon)))
+        # ε^p ((1 + (x/ε)²)^(p/2) − 1) keeps its digits where x is small, and
+        # |x|^p (1 + (ε/x)²)^(p/2) − ε^p does not overflow where it is large.
+        is_large = jnp.abs(x) > 1e6 * epsilon
+        ratio = jnp.where(is_large, 1, x / epsilon)
+        small = epsilon**p * jnp.expm1(p / 2 * jnp.log1p(jnp.square(ratio)))
+        size = jnp.where(is_large, jnp.abs(x), 1)
+        large = size**p * jnp.exp(p / 2 * jnp.log1p(jnp.square(epsilon / size))) - epsilon**p
+        return jnp.where(is_large, large, small)
 
 
 class LogSum(Separable):

@@ -1,6 +1,7 @@
 """One convention for the axes of vectors and the axes of separate arrays."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,10 @@ def test_matrices_have_the_vectors_as_columns_and_come_back(shape, axis, batch_a
         norms = jnp.sqrt(jnp.sum(matrices**2, axis=1)).sum()
         unweighted = jr.GroupLasso(1.0, axis=axis, batch_axes=batch_axes, weighted=False)
         np.testing.assert_allclose(norms, unweighted(x), rtol=1e-6)
+
+
+def test_an_axis_that_is_no_integer_is_an_error():
+    axes: list[Any] = [[0, 1], "0", 1.0]
+    for axis in axes:
+        with pytest.raises(TypeError, match=r"must be an integer, or a tuple of integers; got"):
+            jr.GroupLasso(1.0, axis=axis)(np.ones((2, 3)))

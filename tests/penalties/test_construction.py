@@ -322,3 +322,16 @@ def test_penalty_that_holds_an_array_can_be_jitted_itself(penalty):
     assert jax.jit(penalty)(jnp.ones(3)) == 6
     kernel = jr.kernel({"**": penalty})
     assert jax.jit(kernel)({"w": jnp.ones(3)}) == 6
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-12, 1e-20])
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+def test_lp_does_not_overflow_far_from_a_small_epsilon(p, epsilon):
+    x = np.array([0.0, 1e-4, 0.1, -1.0, 30.0, 2e16], np.float32)
+    wide = np.asarray(x, np.float64)
+    penalty = jr.Lp(1.0, p=p, epsilon=epsilon)
+    value = (wide**2 + epsilon**2) ** (p / 2) - epsilon**p
+    gradient = p * wide * (wide**2 + epsilon**2) ** (p / 2 - 1)
+    for i in range(len(x)):
+        np.testing.assert_allclose(penalty(x[i]), value[i], rtol=2e-5)
+        np.testing.assert_allclose(penalty.gradient(x[i]), gradient[i], rtol=2e-5)

@@ -251,3 +251,23 @@ def test_prox_checks_its_input():
         TypeError, match=r"`jaxreg\.L1` takes a floating-point array; got dtype int32"
     ):
         jr.L1(1.0).prox(jnp.arange(3), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "shape"),
+    [
+        (jr.L1(1.0), (2, 2, 3)),
+        (jr.L1(1.0), (4,)),
+        (jr.GroupLasso(1.0, axis=0), (2, 1)),
+        (jr.Nuclear(1.0), (2, 1)),
+    ],
+)
+def test_a_step_of_another_shape_is_an_error(penalty, shape):
+    with pytest.raises(ValueError, match=r"takes a step that broadcasts to x and is"):
+        jax.jit(penalty.prox)(jnp.ones((2, 3)), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("step", [-0.1, float("nan"), np.array([[0.1, -0.1, 0.1]])])
+def test_a_negative_step_is_an_error(step):
+    with pytest.raises(ValueError, match=r"`jaxreg.L1.prox\(x, step\)` takes a non-negative step"):
+        jr.L1(1.0).prox(jnp.ones((2, 3)), step)
