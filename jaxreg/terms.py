@@ -147,6 +147,11 @@ def measure(
                 f"A mask must have the shape of all axes but the last; got {jnp.shape(mask)} for"
                 f' "{name}" of shape {x.shape}.'
             )
+        if jnp.issubdtype(jnp.result_type(mask), jnp.inexact):
+            raise TypeError(
+                f"A mask must be booleans, or integers; got dtype {jnp.result_type(mask)} for"
+                f' "{name}". Weights of tokens are not taken, nor what is added to logits.'
+            )
         where = jnp.asarray(mask, bool)[..., None]
         x = jnp.where(where, x, 0)
         # Counted as integers, exactly; times the features they might overflow.

@@ -152,6 +152,13 @@ def test_mask_of_another_shape_is_an_error(shape):
         jr.penalize(CODES, jr.L1(1.0), mask=jnp.ones(shape, bool))
 
 
+def test_a_mask_of_weights_is_an_error():
+    with pytest.raises(TypeError, match="booleans, or integers; got dtype float32"):
+        jr.penalize(CODES, jr.L1(1.0), mask=0.5 * jnp.ones(CODES.shape[:-1]))
+    integers = jr.penalize(CODES, jr.L1(1.0), mask=np.asarray(MASK, int))
+    np.testing.assert_allclose(integers, jr.penalize(CODES, jr.L1(1.0), mask=MASK), rtol=1e-6)
+
+
 def test_unknown_reduction_is_an_error():
     message = (
         "A reduction must be one of 'batch_mean', 'sum', 'mean', 'token_mean'; got 'batch_sum'."

@@ -169,7 +169,7 @@ def penalize(
         A scalar, in float32 or, for float64 input, float64. 0 for an empty batch.
 
     Raises:
-        TypeError: for integer input.
+        TypeError: for integer input, or a mask of floating-point numbers.
         ValueError: for an unknown reduction, or a mask of another shape; with `axis_name`, for a
             penalty that does not add up over the leading axis.
 
