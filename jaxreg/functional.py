@@ -184,7 +184,9 @@ def jacobian_norm(
         A scalar; 0 for an empty batch.
 
     Raises:
-        TypeError: for an x or an output that is not real floating-point.
+        TypeError: for an x or an output that is not real floating-point; without a key, where there
+            are more outputs than inputs, for a function with a `jax.custom_vjp`, which JAX cannot
+            take forward.
         ValueError: for an x or an output without the batch axis, samples below 1, or samples other
             than 1 without a key.
 

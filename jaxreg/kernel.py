@@ -165,20 +165,27 @@ class Kernel:
         )
 
     def describe(self, params: Any) -> str:
-        """Return a table, to be printed: each leaf's path, shape, rule, penalty and value."""
+        """Return a table, to be printed: each leaf's path, shape, rule, penalty and value.
+
+        Of shapes alone, as `jax.eval_shape` gives them, there is no value.
+        """
         rows = [("leaf", "shape", "rule", "penalty", "value")]
-        total = 0.0
+        total: float | None = 0.0
         for leaf in self._match(params).leaves:
             rule = "-" if leaf.rule is None else self.rules.name(leaf.rule)
             penalty, shown = "exempt", "-"
             if leaf.penalty:
                 penalty = repr(leaf.penalty.with_arrays(_shown))
             if leaf.penalty and not isinstance(leaf.penalty, Constraint):
-                value = float(leaf.penalty(leaf.value))
-                total, shown = total + value, f"{value:.6g}"
+                if isinstance(leaf.value, jax.ShapeDtypeStruct):
+                    total = None
+                else:
+                    value = float(leaf.penalty(leaf.value))
+                    shown = f"{value:.6g}"
+                    total = None if total is None else total + value
             shape = str(leaf.value.shape) if hasattr(leaf.value, "shape") else "-"
             rows.append((leaf.path, shape, rule, penalty, shown))
-        rows.append(("total", "", "", "", f"{total:.6g}"))
+        rows.append(("total", "", "", "", "-" if total is None else f"{total:.6g}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()

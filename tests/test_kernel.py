@@ -285,6 +285,17 @@ def test_describe_marks_leaves_without_a_rule():
     assert re.search(r"^b +\(2,\) +- +exempt +-$", table, re.MULTILINE)
 
 
+def test_describe_takes_shapes_alone(params):
+    shapes = jax.eval_shape(lambda: params)
+    given, abstract = (jr.kernel(RULES).describe(tree).split("\n") for tree in (params, shapes))
+    cells = [[re.split(r"\s{2,}", row) for row in table] for table in (given, abstract)]
+    assert [row[:4] for row in cells[0][:-1]] == [row[:4] for row in cells[1][:-1]]
+    assert {row[-1] for row in cells[1][1:]} == {"-"}
+    matrix = {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    with pytest.raises(ValueError, match=r'takes a matrix, .* got "kernel" of shape \(3,\)'):
+        jr.kernel(jr.Nuclear(1.0)).describe(matrix)
+
+
 def test_columns_of_describe_line_up(params):
     lines = jr.kernel(RULES).describe(params).split("\n")
     column = lines[0].index("value")
