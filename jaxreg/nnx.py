@@ -42,6 +42,9 @@ class ActivityRegularization(nnx.Module):
         """Return `x`, of any shape."""
         return sow(self, "output", x, self.penalty)
 
+    def _jaxreg_output_penalty(self) -> Penalty:
+        return self.penalty  # type: ignore[no-any-return]
+
 
 class Dense(nnx.Module):
     """A dense layer with its activation and its penalties, by Keras's keywords.
@@ -122,6 +125,9 @@ class Dense(nnx.Module):
         return penalized(
             self, operands, self.activation, self.activity_regularizer, self.implementation
         )
+
+    def _jaxreg_output_penalty(self) -> Penalty | None:
+        return self.activity_regularizer  # type: ignore[no-any-return]
 
     def _jaxreg_penalties(self) -> dict[str, tuple[Penalty, tuple[int, ...]]]:
         """Return the penalties of the parameters, each with the parameter's shape in the layer."""

@@ -56,7 +56,9 @@ def run_module(
     for path, node in copies:
         # Made before the forward pass, so that a transformation without an axis for it drops it in
         # a way that can be told. Modules that no rule matches stay as they are until they sow.
-        if run.penalty(join(*path)) is not None:
+        own = getattr(node, "_jaxreg_output_penalty", lambda: None)()
+        penalties = run.penalty(join(*path)), run.penalty(join(*path, "output"), own)
+        if penalties != (None, None):
             node._jaxreg_terms = nnx.data(PenaltyTerm({}))
     call: Any = copy
     if forward is not module and forward.__func__ is not type(module).__call__:

@@ -283,3 +283,20 @@ def test_parameters_penalties_of_numbers_and_arrays_are_scanned(strength):
     total = nnx.jit(lambda model, x: jr.activity({})(model)(x)[1].total)(model, jnp.ones((2, 3)))
     expected = sum(penalty(kernel) for kernel in model.layers.kernel[...])
     np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["Dense", "ActivityRegularization"])
+def test_a_merged_layer_keeps_its_own_penalty(layer):
+    class Model(nnx.Module):
+        def __init__(self):
+            dense = jr.nnx.Dense(3, 3, activity_regularizer=jr.L1(0.5), rngs=nnx.Rngs(0))
+            regularization = jr.nnx.ActivityRegularization(jr.L1(0.5))
+            self.layer = dense if layer == "Dense" else regularization
+
+        def __call__(self, x):
+            return nnx.merge(*nnx.split(self.layer))(x)
+
+    x = jnp.ones((2, 3))
+    y, terms = jr.activity({})(Model())(x)
+    np.testing.assert_allclose(terms["layer/output"], 0.5 * jnp.sum(jnp.abs(y)) / 2, rtol=1e-6)
+    assert not jr.activity({"layer/output": None})(Model())(x)[1]
