@@ -309,7 +309,7 @@ def _run(device: jax.Device, implementations: list[str], options: argparse.Names
         time(f"SAE step, D {width}", variants(steps, arguments, implementations) | torches)
         if width == 512:  # its kernels also store, and load, what comes before the activation
             gelu = functools.partial(steps, activation=jax.nn.gelu)
-            time(f"GELU, step, D {width}", variants(gelu, arguments, implementations))
+            time(f"SAE step with GELU, D {width}", variants(gelu, arguments, implementations))
         time(f"product, D {width}", variants(product, arguments[:2], implementations))
         time(f"dense, D {width}, forward", variants(layer, arguments[:3], implementations))
         time(f"dense, D {width}, step", variants(layer_steps, arguments[:3], implementations))

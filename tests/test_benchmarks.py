@@ -60,12 +60,12 @@ def test_queued_calls_are_waited_for_once_in_a_round(queued):
 
     def call():
         events.append("call")
-        time.sleep(SHORTEST / 4)
+        time.sleep(SHORTEST / 20)
         return Result()
 
     seconds = interleaved({"a": call}, 3, queued=queued)["a"]
     assert len(seconds) == 3
-    assert min(seconds) >= SHORTEST / 4
+    assert min(seconds) >= SHORTEST / 20
     calls, waits = (events[4:].count(event) for event in ("call", "wait"))
     assert calls >= 6
     assert waits == (3 if queued else calls)

@@ -73,7 +73,8 @@ class Penalty(abc.ABC):
             0. An inf or NaN in `x` propagates.
 
         Raises:
-            TypeError: for integer input, or complex input where the formula has no modulus.
+            TypeError: for integer input, complex input where the formula has no modulus, or an axis
+                that is neither an integer nor a tuple of such.
             ValueError: for a rank or an axis that the penalty cannot take.
         """
         return self.finish(self.moments(self.prepare(x)), None)

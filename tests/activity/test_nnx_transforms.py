@@ -300,3 +300,12 @@ def test_a_merged_layer_keeps_its_own_penalty(layer):
     y, terms = jr.activity({})(Model())(x)
     np.testing.assert_allclose(terms["layer/output"], 0.5 * jnp.sum(jnp.abs(y)) / 2, rtol=1e-6)
     assert not jr.activity({"layer/output": None})(Model())(x)[1]
+
+
+def test_a_cell_of_an_rnn_has_an_axis_for_its_terms():
+    axes: Any = {jr.nnx.PenaltyTerm: 0, ...: nnx.Carry}
+    cell = nnx.SimpleCell(3, 4, rngs=nnx.Rngs(0))
+    model: Any = nnx.RNN(cell, state_axes=nnx.StateAxes(axes))
+    y, terms = jr.activity({"cell": jr.L2(0.5)}, reduction="sum")(model)(jnp.ones((2, 5, 3)))
+    # The cell puts out its carry and the same as its output.
+    np.testing.assert_allclose(terms["cell"], 2 * 0.5 * jnp.sum(y**2), rtol=1e-5)
