@@ -24,6 +24,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxreg.penalties._checks import require, require_real
+from jaxreg.penalties._explicit import on_any_mesh
 
 Function = Callable[[jax.Array], Any]
 
@@ -339,12 +340,15 @@ def _spectral_norm(kernel: ArrayLike) -> jax.Array:
             f" shape {kernel.shape}."
         )
     *window, inputs, outputs = kernel.shape
-    matrix = _wide(kernel).reshape(math.prod(window) * inputs, outputs)
-    # The singular vectors of a matrix of zeros are arbitrary, and with them the gradient.
-    zero = jnp.all(matrix == 0)
-    norm = jnp.linalg.norm(jnp.where(zero, 1, matrix), ord=2)
-    overlap = math.sqrt(math.prod(window))
-    return jnp.where(zero, 0, overlap * norm)
+
+    def largest(kernel: jax.Array) -> jax.Array:
+        matrix = kernel.reshape(math.prod(window) * inputs, outputs)
+        # The singular vectors of a matrix of zeros are arbitrary, and with them the gradient.
+        zero = jnp.all(matrix == 0)
+        return jnp.where(zero, 0, jnp.linalg.norm(jnp.where(zero, 1, matrix), ord=2))
+
+    norm: jax.Array = on_any_mesh(largest, _wide(kernel))
+    return math.sqrt(math.prod(window)) * norm
 
 
 def _input_gradients(name: str, f: Function, x: ArrayLike) -> jax.Array:
@@ -375,7 +379,7 @@ def _basis(like: jax.Array) -> jax.Array:
     """Return the unit vectors of an example's entries, each for all examples."""
     size = math.prod(like.shape[1:])
     eye = jnp.eye(size, dtype=like.dtype).reshape(size, 1, *like.shape[1:])
-    return jnp.broadcast_to(eye, (size, *like.shape))
+    return eye * jnp.ones_like(like)
 
 
 def _unit_vectors(key: jax.Array, samples: int, like: jax.Array) -> jax.Array:
@@ -383,7 +387,7 @@ def _unit_vectors(key: jax.Array, samples: int, like: jax.Array) -> jax.Array:
     entries = math.prod(like.shape[1:])
     normal = jax.random.normal(key, (samples, like.shape[0], entries), _wide(like).dtype)
     unit: jax.Array = normal / jnp.linalg.norm(normal, axis=2, keepdims=True)
-    return unit.astype(like.dtype).reshape(samples, *like.shape)
+    return unit.astype(like.dtype).reshape(samples, *like.shape) * jnp.ones_like(like)
 
 
 def _mean(values: jax.Array) -> jax.Array:

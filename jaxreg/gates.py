@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.penalties import HardConcrete
 from jaxreg.penalties._checks import require, require_real
+from jaxreg.penalties._explicit import on_any_mesh
 
 
 def hard_concrete(
@@ -286,7 +287,7 @@ def top_k(x: ArrayLike, k: int, *, axis: int = -1) -> jax.Array:
         1 for entries that are kept, and 0 for the others.
 
     Raises:
-        TypeError: for an x that is not real floating-point, or a k that is no integer.
+        TypeError: for an x that is not real floating-point, or a k or an axis that is no integer.
         ValueError: for a k out of its range, or an axis that x does not have.
 
     Example:
@@ -300,13 +301,18 @@ def top_k(x: ArrayLike, k: int, *, axis: int = -1) -> jax.Array:
         and evaluating sparse autoencoders, arXiv:2406.04093, 2024.
     """
     x = require_real("gates.top_k", "x", x)
-    if not -x.ndim <= axis < x.ndim:
+    if not -x.ndim <= operator.index(axis) < x.ndim:
         raise ValueError(
             f"`jaxreg.gates.top_k(axis=...)` must name an axis of x; got axis={axis} for x of shape"
             f" {x.shape}."
         )
     k = _check_k("top_k", k, x, x.shape[axis])
-    return jnp.moveaxis(_keep_largest(jnp.moveaxis(x, axis, -1), k), -1, axis)
+    kept: jax.Array = on_any_mesh(
+        lambda x: jnp.moveaxis(_keep_largest(jnp.moveaxis(x, axis, -1), k), -1, axis),
+        x,
+        split=True,
+    )
+    return kept
 
 
 def batch_top_k(x: ArrayLike, k: int) -> jax.Array:
@@ -347,9 +353,11 @@ def batch_top_k(x: ArrayLike, k: int) -> jax.Array:
     x = require_real("gates.batch_top_k", "x", x)
     if x.ndim == 0:
         raise ValueError("`jaxreg.gates.batch_top_k` takes an x with an axis of features; got ().")
-    k = _check_k("batch_top_k", k, x, x.shape[-1])
-    kept = _keep_largest(x.reshape(x.size), k * math.prod(x.shape[:-1]))
-    return kept.reshape(x.shape)
+    total = _check_k("batch_top_k", k, x, x.shape[-1]) * math.prod(x.shape[:-1])
+    kept: jax.Array = on_any_mesh(
+        lambda x: _keep_largest(x.reshape(x.size), total).reshape(x.shape), x, split=True
+    )
+    return kept
 
 
 def batch_top_k_threshold(z: ArrayLike) -> jax.Array:

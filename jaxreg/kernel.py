@@ -1,5 +1,6 @@
 """Kernel penalties: rules over the leaves of a parameter tree."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
@@ -197,8 +198,8 @@ class Kernel:
         paths = _paths(params)
         settings = _Settings()
         leaves = [
-            self._leaf(path, value, self.rules.find(path), settings)
-            for path, value in zip(paths, values, strict=True)
+            self._leaf(place, value, self.rules.find(place.path), settings)
+            for place, value in zip(_places(paths), values, strict=True)
         ]
         if leaves:
             won = {
@@ -214,7 +215,10 @@ class Kernel:
             )
         return _Match(leaves, treedef)
 
-    def _leaf(self, path: str, value: Any, rule: int | None, settings: "_Settings") -> "_Leaf":
+    def _leaf(
+        self, place: "_Place", value: Any, rule: int | None, settings: "_Settings"
+    ) -> "_Leaf":
+        path = place.path
         penalty = None if rule is None else self.rules.values[rule]
         if penalty is None or rule is None:
             return _Leaf(path, value, rule, None)
@@ -225,7 +229,7 @@ class Kernel:
                     f" and this leaf is {_kind(value)}. Drop the rule {self.rules.name(rule)}."
                 )
             return _Leaf(path, value, rule, None)
-        penalty = penalty.with_arrays(lambda setting: settings.at(path, setting))
+        penalty = penalty.with_arrays(lambda setting: settings.at(place, setting))
         penalty.check(value if hasattr(value, "dtype") else jnp.asarray(value), path)
         return _Leaf(path, value, rule, penalty)
 
@@ -305,22 +309,37 @@ class _Settings:
     """The array settings of penalties, where each leaf has its own from a tree like the params."""
 
     def __init__(self) -> None:
-        self._trees: dict[int, dict[str, Any]] = {}
+        self._trees: dict[int, dict[_Place, Any]] = {}
 
-    def at(self, path: str, setting: Any) -> Any:
-        """Return the setting's array for the leaf at this path."""
+    def at(self, place: "_Place", setting: Any) -> Any:
+        """Return the setting's array for the leaf at this place."""
         if jax.tree_util.all_leaves([setting]):
             return setting
         if id(setting) not in self._trees:
             leaves = jax.tree.leaves(setting, is_leaf=_is_absent)
-            self._trees[id(setting)] = dict(zip(_paths(setting), leaves, strict=True))
+            self._trees[id(setting)] = dict(zip(_places(_paths(setting)), leaves, strict=True))
         tree = self._trees[id(setting)]
-        if path not in tree or _is_absent(tree[path]):
+        if place not in tree or _is_absent(tree[place]):
             raise ValueError(
-                f'A penalty of the leaf "{path}" needs an array there in the tree it was given; got'
-                f" one with {', '.join(map(repr, tree)) or 'no leaves'}."
+                f'A penalty of the leaf "{place.path}" needs an array there in the tree it was'
+                f" given; got one with {', '.join(repr(p.path) for p in tree) or 'no leaves'}."
             )
-        return tree[path]
+        return tree[place]
+
+
+class _Place(NamedTuple):
+    path: str
+    earlier: int
+
+
+def _places(paths: list[str]) -> list[_Place]:
+    """Tell leaves of one path apart, such as those of a Variable that holds a tree."""
+    seen: collections.Counter[str] = collections.Counter()
+    places = []
+    for path in paths:
+        places.append(_Place(path, seen[path]))
+        seen[path] += 1
+    return places
 
 
 class _Match(NamedTuple):

@@ -406,6 +406,23 @@ def test_each_leaf_takes_its_reference_from_a_tree(wrap):
     np.testing.assert_array_equal(gradient["a"]["bias"], [0])
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda a, b: {"w": nn.Partitioned({"a": a, "b": b}, (None,))},
+        lambda a, b: nnx.State({"w": nnx.Param((a, b))}),
+        lambda a, b: {"w/a": a, "w": {"a": b}},
+    ],
+    ids=["boxed", "Variable", "slash"],
+)
+def test_leaves_of_one_path_each_take_their_own_reference(wrap):
+    kernel = jr.kernel({"**": jr.L2To(1.0, reference=wrap(np.ones(2), 5 * np.ones(2)))})
+    assert kernel(wrap(np.full(2, 2.0), np.full(2, 8.0))) == 2 * 1 + 2 * 9
+    one = jr.kernel({"**": jr.L2To(1.0, reference={"w": np.ones(2), "w/a": np.ones(2)})})
+    with pytest.raises(ValueError, match=r'leaf "w(/a)?" needs an array there'):
+        one(wrap(np.ones(2), np.ones(2)))
+
+
 def test_one_reference_array_serves_every_leaf():
     kernel = jr.kernel({"**/kernel": jr.L2To(1.0, reference=1.0)})
     assert kernel(TUNED) == 4 + 9 + 16

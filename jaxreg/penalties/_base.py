@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from ._arithmetic import divide, real_dtype
 from ._checks import check_step, require
+from ._explicit import on_any_mesh
 from ._fields import array, positive, register, setting, static
 
 
@@ -106,7 +107,9 @@ class Penalty(abc.ABC):
         x = jnp.asarray(x)
         wide = self.prepare(x)
         check_step(self, step, wide)
-        return self._prox(wide, jnp.asarray(step, real_dtype(wide))).astype(x.dtype)
+        step = jnp.asarray(step, real_dtype(wide))
+        moved: jax.Array = on_any_mesh(lambda x, p, t: p._prox(x, t), wide, self, step, split=True)
+        return moved.astype(x.dtype)
 
     @abc.abstractmethod
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> Any:

@@ -363,8 +363,9 @@ def _onto_simplex(x: jax.Array, scale: jax.Array) -> jax.Array:
         return *newton(*constants, threshold), jnp.minimum(count, fewest)
 
     constants = jax.lax.stop_gradient((x, scale))
-    start = jnp.broadcast_to(-constants[1], (*x.shape[:-1], 1))
-    more = jnp.full(start.shape, x.shape[-1] + 1, jnp.int32)
+    # Made of x, to differ as it does from shard to shard.
+    start = jnp.zeros_like(constants[0][..., :1]) - constants[1]
+    more = jnp.full_like(start, x.shape[-1] + 1, jnp.int32)
     threshold, _, _ = jax.lax.while_loop(leaves_out_more, climb, (start, more, more + 1))
     # One step more has the derivative.
     threshold, _ = newton(x, scale, threshold)

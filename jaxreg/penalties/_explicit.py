@@ -10,22 +10,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 Moments = TypeVar("Moments", bound=Callable[..., Any])
 
 
-def partitioned(moments: Moments) -> Moments:
-    """Leave it to the compiler how these moments are computed; every device gets them all.
+def on_any_mesh(
+    function: Callable[..., Any], x: jax.Array, *others: Any, split: bool = False
+) -> Any:
+    """Return `function(x, *others)`, and leave it to the compiler how that is computed.
 
-    There JAX asks of each product and each slice how its result is to be split. Moments are small:
-    they are not.
+    On a mesh of explicit axes JAX asks of each product and each slice how its result is to be
+    split.
+
+    Args:
+        function: a function of trees of arrays, which closes over none that is on a mesh.
+        x: the array whose mesh it is.
+        others: further arguments.
+        split: whether the result, of the shape of `x`, is split as `x` is. Every device gets all of
+            another.
     """
+    sharding = jax.typeof(x).sharding
+    axes = sharding.mesh.explicit_axes
+    if not axes:
+        return function(x, *others)
+    result = sharding if split else NamedSharding(sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=result)(x, *others)
+
+
+def partitioned(moments: Moments) -> Moments:
+    """Compute these moments on any mesh; they are small."""
 
     @functools.wraps(moments)
     def anywhere(penalty: Any, x: jax.Array, where: jax.Array | None = None) -> Any:
-        mesh = jax.typeof(x).sharding.mesh
-        if not mesh.explicit_axes:
-            return moments(penalty, x, where)
-        return jax.sharding.auto_axes(
-            functools.partial(moments, penalty),
-            axes=mesh.explicit_axes,
-            out_sharding=NamedSharding(mesh, PartitionSpec()),  # type: ignore[no-untyped-call]
-        )(x, where)
+        return on_any_mesh(lambda x, p, where: moments(p, x, where), x, penalty, where)
 
     return anywhere  # type: ignore[return-value]

@@ -13,9 +13,11 @@ from jax.typing import ArrayLike
 
 from ._axes import as_matrices, vector_axes
 from ._checks import check_broadcasts
+from ._explicit import on_any_mesh
 from ._fields import array, static
 from ._group import _root
 from ._matrix import Matrix, gram, matmul
+from ._norm_constraints import _scaled
 
 Method = Literal["svd", "polar"]
 
@@ -140,8 +142,12 @@ class SpectralNorm(_Spectral):
             ValueError: for an array that is no matrix; for a vector of another shape.
         """
         kernel = jax.lax.stop_gradient(self.prepare(x))
-        w, _ = as_matrices(self, kernel)
-        v, back = self._vectors(kernel)
+        vector: jax.Array = on_any_mesh(lambda x, p: p._leading_vector(x), kernel, self)
+        return vector
+
+    def _leading_vector(self, x: jax.Array) -> jax.Array:
+        w, _ = as_matrices(self, x)
+        v, back = self._vectors(x)
         if w.size == 0:
             return back(v)
         if self.vector is None:
@@ -362,13 +368,16 @@ def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax
         return _through(_soft, w, threshold)
     if w.shape[-2] < w.shape[-1]:
         return _soft_thresholded(method, w.mT, threshold).mT
+    # Fourth powers must not overflow. No σ_1 is then above the number of entries.
+    scale, w = _scaled(w, (1, 2))
+    threshold = jnp.minimum(threshold / scale, w.shape[-2] * w.shape[-1])
     # With W = QH, H positive semidefinite: U (Σ − τ)₊ Vᵀ = ½ Q (H − τ) (1 + sign(H − τ)). Where a
     # singular value is below τ, Q need not be accurate: that is where the last factor is 0.
     q = _polar(w, threshold)
     h = matmul(q.mT, w)
     identity = jnp.eye(w.shape[-1], dtype=w.dtype)
     sign = _polar((h + h.mT) / 2 - threshold * identity, 1e-3 * threshold)
-    return matmul(w - threshold * q, (identity + sign) / 2)
+    return scale * matmul(w - threshold * q, (identity + sign) / 2)
 
 
 @_soft_thresholded.defjvp

@@ -107,7 +107,10 @@ def _solve(x: jax.Array, sides: jax.Array, weight: jax.Array) -> jax.Array:
 
     # A mean has all its digits once it has been taken of what an earlier one left: the first round
     # without a split may owe that to rounding, the second does not.
-    z, _, _ = jax.lax.while_loop(lambda s: s[2] < 2, split, (jnp.zeros_like(x), sides, 0))
+    # All three are made of x, to differ as it does from shard to shard.
+    zeros = jnp.zeros_like(x)
+    start = zeros, sides + zeros, jnp.zeros_like(x[0, 0], jnp.int32)
+    z, _, _ = jax.lax.while_loop(lambda s: s[2] < 2, split, start)
     return _from_blocks(z, size)
 
 

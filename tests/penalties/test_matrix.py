@@ -167,6 +167,19 @@ def test_polar_prox_is_near_the_exact_one(shape, step):
     assert np.max(np.linalg.norm(difference, 2, axis=(1, 2))) < 1e-3 * min(step, 1) + 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("step", [0.3, 100.0, 1e8])
+def test_polar_prox_of_any_magnitude(scale, step):
+    x = normal(2, 6, 4)
+    prox = jax.jit(jr.Nuclear(1.0, batch_axes=0, method="polar").prox)
+    expected = prox(x, min(step, 100.0))
+    np.testing.assert_allclose(prox(x * scale, step * scale) / scale, expected, atol=1e-5)
+    np.testing.assert_allclose(prox(x * scale, 1e38) / scale, 0, atol=1e-5)
+    np.testing.assert_allclose(
+        prox(np.full((1, 1, 1), scale, np.float32), 0.25 * scale) / scale, 0.75, 1e-5
+    )
+
+
 def test_polar_prox_of_zeros_has_the_derivative_of_the_exact_one():
     exact, polar = jr.Nuclear(1.0), jr.Nuclear(1.0, method="polar")
     np.testing.assert_array_equal(polar.prox(jnp.zeros((3, 2)), 1.0), np.zeros((3, 2)))

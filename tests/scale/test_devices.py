@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxreg as jr
 
@@ -205,6 +205,55 @@ def test_a_mesh_of_explicit_axes():
         found = both(x, jax.device_put(mask, PartitionSpec("data")))
     assert_all_close(found, expected, rtol=2e-5)
     assert {gradient.sharding for _, gradient in found.values()} == {x.sharding}
+
+
+PROXES: dict[str, Any] = {
+    "L1": jr.L1(0.2) + jr.L2(0.1),
+    "L1Inf": jr.L1Inf(0.5),
+    "ExclusiveLasso": jr.ExclusiveLasso(0.1),
+    "TotalVariation": jr.TotalVariation(0.1, axis=0),
+    "Nuclear": jr.Nuclear(0.5),
+    "polar": jr.Nuclear(0.5, method="polar"),
+    "SpectralNorm": jr.SpectralNorm(0.5),
+    "Simplex": jr.Simplex(axis=0),
+    "L1Ball": jr.L1Ball(2.0),
+    "SparseTopK": jr.SparseTopK(3, axis=1),
+    "Orthonormal": jr.Orthonormal(),
+    "MaxNorm": jr.MaxNorm(0.5),
+}
+SELECTIONS: dict[str, Any] = {
+    "top_k": partial(jr.gates.top_k, k=2),
+    "top_k-rows": partial(jr.gates.top_k, k=2, axis=0),
+    "batch_top_k": partial(jr.gates.batch_top_k, k=2),
+}
+
+
+def moved(x: jax.Array, reference: jax.Array) -> Any:
+    """Return what is of the shape of `x`, and gradients through it; and what is not."""
+    proxes = {name: partial(p.prox, step=0.5) for name, p in PROXES.items()}
+    proxes["L2To"] = partial(jr.L2To(0.5, reference=reference).prox, step=0.5)
+    moved = {
+        name: (f(x), jax.grad(lambda x, f=f: jnp.sum(f(x) ** 3))(x))
+        for name, f in (proxes | SELECTIONS).items()
+    }
+    leading = jr.SpectralNorm(0.5).leading_vector(x)
+    following = jr.SpectralNorm(0.5, vector=leading)
+    return moved, {
+        "leading": jnp.abs(leading),
+        "following": following(x),
+        "followed": jnp.abs(following.leading_vector(x)),
+        "bound": jr.functional.lipschitz_bound([x]),
+    }
+
+
+def test_proximal_operators_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    weights = matrix((16, 8))
+    x = jax.device_put(weights, NamedSharding(mesh, PartitionSpec("data", "model")))
+    expected = jax.jit(moved)(weights, 2 * weights)
+    found = jax.jit(moved)(x, 2 * x)
+    assert_all_close(found, expected, rtol=1e-4)
+    assert {a.sharding for a in jax.tree.leaves(found[0])} == {x.sharding}
 
 
 class Autoencoder(nn.Module):

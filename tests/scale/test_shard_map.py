@@ -262,6 +262,41 @@ def test_a_shard_map_inside_of_a_model_lets_the_value_out_and_not_the_term():
         jax.eval_shape(jr.activity({})(Sharded(inside=True).apply), {"params": params}, X)
 
 
+@pytest.mark.parametrize(
+    "of_rows",
+    [
+        jr.Simplex(axis=-1).project,
+        jr.L1Ball(0.5, axis=-1).project,
+        partial(jr.TotalVariation(0.3).prox, step=1.0),
+        partial(jr.Nuclear(0.3, method="polar", batch_axes=0).prox, step=1.0),
+        partial(jr.gates.top_k, k=2),
+    ],
+    ids=["Simplex", "L1Ball", "TotalVariation", "Nuclear", "top_k"],
+)
+def test_what_moves_each_row_moves_those_of_a_shard(of_rows):
+    sharded = shard_map(of_rows, P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(sharded(X), jax.jit(of_rows)(X), atol=2e-6)
+
+
+def test_jacobians_of_shards():
+    kernel = RNG.normal(size=(6, 9)).astype(np.float32)
+
+    def norms(x, across=lambda norms: norms):
+        wide = jr.functional.jacobian_norm(lambda x: jnp.tanh(x @ kernel), x)
+        narrow = jr.functional.jacobian_norm(lambda x: jnp.tanh(x @ kernel[:, :2]), x)
+        return across((wide, narrow))
+
+    def estimate(x):
+        return jax.lax.pmean(
+            jr.functional.jacobian_norm(lambda x: x[:, :1], x, key=jax.random.key(0)), BATCH
+        )
+
+    mean = partial(jax.lax.pmean, axis_name=BATCH)
+    rows = X[:, 0]
+    assert_all_close(shard_map(partial(norms, across=mean), P(BATCH))(rows), jax.jit(norms)(rows))
+    assert shard_map(estimate, P(BATCH))(rows) == 1
+
+
 def test_rows_of_a_kernel_by_hand():
     w = RNG.normal(size=(8, 6)).astype(np.float32)
     penalty = jr.GroupLasso(0.1) + jr.L2(0.2)
