@@ -284,6 +284,7 @@ def proximal_adam(
         updates: Any, state: ProximalAdamState, params: Any = None
     ) -> tuple[Any, ProximalAdamState]:
         require_params("proximal_adam", params)
+        params = jax.tree.map(jnp.asarray, params)
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)

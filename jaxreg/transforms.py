@@ -50,7 +50,8 @@ def add_penalty_gradient(
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
-        ValueError: from `update`, if it is not given `params`.
+        ValueError: for a concrete c that is not finite or no real scalar; from `update`, if it is
+            not given `params`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -66,6 +67,9 @@ def add_penalty_gradient(
         Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101, 2019.
     """
     require_kernel("add_penalty_gradient", reg)
+    if not callable(scale):
+        what = "a finite scalar, or a schedule"
+        require("add_penalty_gradient(scale=...)", scale, what, math.isfinite)
 
     def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
         require_params("add_penalty_gradient", params)
@@ -195,12 +199,12 @@ class PenaltyRecord(NamedTuple):
     Args:
         count: number of updates made, an int32 scalar.
         total: the penalty when it was last recorded, a scalar.
-        values: its share of each penalized leaf, by path.
+        values: its share of each penalized leaf, by path; 0 where no leaf is.
     """
 
     count: jax.Array  # type: ignore[assignment]
     total: jax.Array
-    values: dict[str, jax.Array]
+    values: dict[str, jax.Array] | jax.Array
 
 
 def record_penalty(reg: Kernel, every: int = 1) -> optax.GradientTransformation:
@@ -237,9 +241,11 @@ def record_penalty(reg: Kernel, every: int = 1) -> optax.GradientTransformation:
             f"`jaxreg.record_penalty(every=...)` must be a positive integer; got {every!r}."
         )
 
-    def evaluate(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def evaluate(params: Any) -> tuple[jax.Array, dict[str, jax.Array] | jax.Array]:
         values = reg.values(params)
-        return sum(values.values(), start=jnp.float32(0)), values
+        total = sum(values.values(), start=jnp.float32(0))
+        # `optax.tree.map_params` makes the state of no parameters, and needs a leaf for each field.
+        return total, values or total
 
     def init(params: Any) -> PenaltyRecord:
         zeros = optax.tree.zeros_like(jax.eval_shape(evaluate, params))

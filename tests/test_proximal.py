@@ -440,6 +440,17 @@ def test_proximal_adam_keeps_constraints_of_entries_and_of_vectors(constraint):
     assert np.abs(free["w"][-1] - w).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_may_be_python_numbers(name):
+    tx = OPTIMIZERS[name](0.1, jr.kernel({"w": jr.L1(0.5)}))
+    params = {"w": 1.0, "b": 2.0}
+    updates, _ = tx.update({"w": 1.0, "b": 1.0}, tx.init(params), params)
+    arrays = jax.tree.map(jnp.asarray, params)
+    expected, _ = tx.update(jax.tree.map(jnp.ones_like, arrays), tx.init(arrays), arrays)
+    np.testing.assert_allclose(updates["w"], expected["w"])
+    np.testing.assert_allclose(updates["b"], expected["b"])
+
+
 @pytest.mark.parametrize("step", [-0.1, float("nan"), jnp.ones(2), "0.1"])
 def test_a_step_that_cannot_be_taken_is_an_error(step):
     reg = jr.kernel(jr.L1(1.0))

@@ -311,6 +311,26 @@ def test_injected_scalar(transform, argument, sign):
     np.testing.assert_allclose(seen, sign * np.array([0.1, 0.2]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scale", [float("nan"), float("inf"), 1j, True, None, np.ones(2)], ids=lambda s: repr(s)
+)
+def test_a_scale_that_is_no_finite_scalar_is_an_error(scale):
+    message = r"`jaxreg\.add_penalty_gradient\(scale=\.\.\.\)` must be a finite scalar, or a sche"
+    with pytest.raises(ValueError, match=message):
+        jr.add_penalty_gradient(KERNEL, scale)
+
+
+def test_map_params_of_optax_goes_past_the_record():
+    tx = optax.chain(jr.record_penalty(KERNEL), optax.trace(0.9))
+    state = tx.init(PARAMS)
+    doubled = optax.tree.map_params(tx, lambda m: m + 2, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    np.testing.assert_array_equal(doubled[1].trace["dense"]["kernel"], 2)
+    record = jr.record_penalty(jr.kernel({"none": jr.L2(1.0)}, strict=False))
+    _, state = record.update(PARAMS, record.init(PARAMS), PARAMS)
+    assert state.values == 0
+
+
 @every_transform
 def test_eight_devices(name):
     mesh = Mesh(np.array(jax.devices()), ("data",))

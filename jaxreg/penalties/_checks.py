@@ -72,7 +72,7 @@ def check_step(penalty: Any, step: ArrayLike, x: jax.Array) -> None:
 
 
 def check_broadcasts(penalty: Any, field: str, x: jax.Array, name: str) -> None:
-    """Raise unless the field holds an array that broadcasts to the shape of `x`."""
+    """Raise unless the field holds an array that broadcasts to `x`, and is real where that is."""
     value = getattr(penalty, field)
     if not jax.tree_util.all_leaves([value]):
         raise TypeError(
@@ -80,6 +80,11 @@ def check_broadcasts(penalty: Any, field: str, x: jax.Array, name: str) -> None:
             f' take the array for "{name}" from it.'
         )
     shape = jnp.shape(value)
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(x):
+        raise TypeError(
+            f"`jaxreg.{type(penalty).__name__}({field}=...)` must be real for a real array; got"
+            f' dtype {jnp.result_type(value)} for "{name}" of dtype {x.dtype}.'
+        )
     if len(shape) > x.ndim or any(
         a not in (1, b) for a, b in zip(shape[::-1], x.shape[::-1], strict=False)
     ):

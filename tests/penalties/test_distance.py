@@ -82,6 +82,20 @@ def test_reference_broadcasts():
             build(TEACHER[:, :3])(LOGITS)
 
 
+def test_a_complex_reference_of_a_real_array_is_an_error():
+    message = r"`jaxreg\.L2To\(%s=\.\.\.\)` must be real for a real array; got dtype complex"
+    for name in ("reference", "weight"):
+        penalty = jr.L2To(1.0, **({"reference": 0.0} | {name: np.ones(4, complex)}))
+        for of in (penalty, penalty.gradient, lambda x, p=penalty: p.prox(x, 1.0)):
+            with pytest.raises(TypeError, match=message % name):
+                of(LOGITS)
+    assert jr.L2To(1.0, reference=1j)(np.ones(3, np.complex64)) == 6
+    kernel = jr.kernel({"w": jr.L2To(1.0, reference=1j)})
+    assert "w" in kernel.describe({"w": jax.ShapeDtypeStruct((3,), np.complex64)})
+    with pytest.raises(TypeError, match=r"`jaxreg\.Box\(lower=\.\.\.\)` must be real"):
+        jr.Box(np.ones(4, complex), 2.0).project(LOGITS)
+
+
 def test_the_reference_is_differentiated_unless_the_user_stops_it():
     for gradient in jax.jit(jax.jacobian(lambda r: each(LOGITS, r)))(TEACHER):
         assert (gradient != 0).all()
