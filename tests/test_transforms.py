@@ -324,7 +324,7 @@ def test_map_params_of_optax_goes_past_the_record():
     tx = optax.chain(jr.record_penalty(KERNEL), optax.trace(0.9))
     state = tx.init(PARAMS)
     doubled = optax.tree.map_params(tx, lambda m: m + 2, state)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    assert doubled[0].total == state[0].total
     np.testing.assert_array_equal(doubled[1].trace["dense"]["kernel"], 2)
     record = jr.record_penalty(jr.kernel({"none": jr.L2(1.0)}, strict=False))
     _, state = record.update(PARAMS, record.init(PARAMS), PARAMS)
