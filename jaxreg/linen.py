@@ -44,9 +44,10 @@ class Dense(nn.Module):
 
     Its parameters, `kernel` and `bias`, are those of `flax.linen.Dense`, and so are their
     initializers. The penalties are terms of a surrounding `jaxreg.activity` (with no rules:
-    `activity({})`), under the layer's path: `output`, which the activity's reduction divides and
-    its rules may replace; and `kernel` and `bias`, which neither does, and which count once however
-    often the layer runs. Without a surrounding activity nothing is penalized.
+    `activity({})`), under the layer's path: `output`, which the activity's reduction divides and a
+    rule for that path replaces (one for the layer's own path adds to it); and `kernel` and `bias`,
+    which neither does, and which count once however often the layer runs. Without a surrounding
+    activity nothing is penalized.
 
     Args:
         features: the size of the output's last axis.

@@ -203,7 +203,10 @@ def _count(count: Any) -> Any:
     if count is None:
         return None
     dtype = jax.dtypes.canonicalize_dtype(float)
-    return jnp.asarray(count, dtype) if isinstance(count, jax.Array) else np.asarray(count, dtype)
+    # A number that is known while tracing is divided by in one operation; a size of `jax.export` is
+    # none.
+    known = isinstance(count, int | np.ndarray)
+    return np.asarray(count, dtype) if known else jnp.asarray(count, dtype)
 
 
 def _total(values: list[jax.Array]) -> jax.Array:

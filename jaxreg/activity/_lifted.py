@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxreg.penalties import Penalty
 from jaxreg.terms import varying_axes
 
-from ._pass import Measured, Parameter, Pass, join, merge, trace
+from ._pass import Measured, Parameter, Pass, join, merge, remembered, trace
 
 COLLECTION = "intermediates"
 _NAME = "jaxreg_terms_"
@@ -51,14 +51,19 @@ class Call:
     @classmethod
     def of(cls, module: nn.Module, *, is_call: bool) -> "Call":
         """Return the call of a bound module's method."""
-        # Flax writes the transformations around a scope into its path for error messages.
-        path = "/".join(map(str, module.scope.debug_path)) if module.scope is not None else ""
-        return cls(module, Counter(re.findall(r"(\w+)\(", path)), is_call)
+        return cls(module, _lifts(module), is_call)
 
     @property
     def branches(self) -> int:
         """How many branches lie around it, one within another."""
         return self.lifts["cond"] + self.lifts["switch"]
+
+
+def _lifts(module: nn.Module) -> Counter[str]:
+    """Return how often each lifted transformation lies around a bound module."""
+    # Flax writes the transformations around a scope into its path for error messages.
+    path = "/".join(map(str, module.scope.debug_path)) if module.scope is not None else ""
+    return Counter(re.findall(r"(\w+)\(", path))
 
 
 class Calls:
@@ -75,6 +80,8 @@ class Calls:
         self._branches: dict[tuple[str, int], Measured] = {}
         self._grown = False
         self._taken: list[Any] = []
+        self._traced: Counter[frozenset[str]] = Counter()  # what `nn.jit` has traced, to come
+        self._came: set[frozenset[str]] = set()
         self._leaving: str | None = None  # said of an error that a transformation raises over it
 
     @property
@@ -86,6 +93,7 @@ class Calls:
     def begin(self) -> Iterator[None]:
         """Begin the forward pass."""
         self._stack, self._grown, self._taken, self._leaving = [Call()], False, [], None
+        self._traced, self._came = Counter(), set()
         token = _under_way.set((*_under_way.get(), self))
         try:
             yield
@@ -108,18 +116,32 @@ class Calls:
         self._leaving = None
 
     def calling(self, module: nn.Module) -> bool:
-        """Return whether the module is inside its `__call__`."""
-        return any(call.module is module and call.is_call for call in self._stack)
+        """Return whether the module is inside its `__call__`, perhaps as the original of a copy."""
+        return any(
+            other is module or (lifted and type(other) is type(module))
+            for other, lifted in self._in_scope_of(module)
+        )
 
     def share_scope(self, module: nn.Module) -> bool:
         """Return whether a module that shares its scope with this one is inside its `__call__`."""
         return any(
-            call.is_call
-            and call.module is not None
-            and call.module is not module
-            and call.module.scope is module.scope
-            for call in self._stack
+            other is not module and not (lifted and type(other) is type(module))
+            for other, lifted in self._in_scope_of(module)
         )
+
+    def _in_scope_of(self, module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+        """Yield what is inside its `__call__` in the module's scope.
+
+        And whether lifted transformations lie between, in which scopes and modules are copies.
+        """
+        for call in self._stack:
+            if not call.is_call or call.module is None:
+                continue
+            scope, own = call.module.scope, module.scope
+            if scope is own:
+                yield call.module, False
+            elif scope and own and scope.path == own.path and call.lifts < _lifts(module):
+                yield call.module, True
 
     def learned_branches(self) -> bool:
         """Return whether this pass found measurements that other branches have to make room for."""
@@ -128,6 +150,8 @@ class Calls:
     def carry(self, module: Any, measured: Measured) -> None:
         """Keep what was measured in the innermost call."""
         call = self.innermost
+        if not only_measured(measured) and (not call.lifts["jit"] or call.trace != trace()):
+            return
         if call.trace != trace():
             raise ValueError(_between_traces(measured, lone=call.module is None))
         call.measured = merge(call.measured, measured)
@@ -135,19 +159,24 @@ class Calls:
     def leave(self, run: Pass, call: Call, out: Any) -> Any:
         """Hand what was measured in a call to its caller; return what the call is to return."""
         caller = self.innermost
-        if call.measured and self.collects and _is_anothers(call):
+        measured, sown = only_measured(call.measured), call.measured
+        if measured and self.collects and _is_anothers(call):
             raise ValueError(
-                f"{_cannot(call.measured)}: it is another model's, which is applied inside this"
-                " one. A rule that maps its path to None exempts it."
+                f"{_cannot(measured)}: it is another model's, which is applied inside this one. A"
+                " rule that maps its path to None exempts it."
             )
         if caller.trace == call.trace:
             caller.measured = merge(caller.measured, call.measured)
             return out
         between = call.lifts - caller.lifts
-        measured = call.measured
+        passes = set(between) <= _PASSING
+        # A variable that one branch sows, the others would have to have.
+        sows = self.collects and not (caller.branches and passes)
         if between["cond"] or between["switch"]:
-            measured = self._with_other_branches(run, call, measured)
+            measured = sown = self._with_other_branches(run, call, measured)
         if not measured:
+            if sown and sows and between and passes:
+                _sow(call, sown)
             return out
         if not between:
             raise ValueError(_between_traces(measured, lone=caller.module is None))
@@ -155,17 +184,23 @@ class Calls:
             if between[lift]:
                 raise ValueError(f"{_cannot(measured)} out of the `nn.{lift}` around it. {mend}")
         mend = f"{_cannot(measured)} {_ADD_AXIS}"
-        passes = set(between) <= _PASSING
-        # A variable that one branch sows, the others would have to have.
-        beside_only = caller.branches and passes
-        if self.collects and not beside_only and _sow(call, measured):
+        if sows and _sow(call, sown):
             stacks = any(between[lift] for lift in _STACKING)
             self._leaving = f"{mend} {_NOT_ELSEWHERE}" if stacks else None
             return out
         if not passes:
             raise ValueError(mend)
         self._leaving = mend
-        beside = partial(_Beside, measured=measured, level=self._level, jitted=between["jit"] > 0)
+        if between["jit"]:
+            self._traced[frozenset(measured)] += 1
+        beside = partial(
+            _Beside,
+            measured=measured,
+            level=self._level,
+            axes=_stacked(between),
+            cached=between["jit"] > 0,
+            jitted=between["jit"] > 0,
+        )
         if between["scan"] and isinstance(out, tuple) and len(out) == 2:
             carry, stacked = out
             return carry, _with_last_leaf(beside, stacked)
@@ -187,10 +222,25 @@ class Calls:
                     f"{_cannot(beside.measured)} out of an `nn.jit` that no `jax.jit` is around."
                     " Put one around the forward pass, or give it the module's own `apply`."
                 )
-            if beside.probe.shape[-1] != 0:
+            if beside.probe.shape[-1] != 0 or beside.probe.ndim - 1 != beside.axes:
                 raise ValueError(f"{_cannot(beside.measured)} {_ADD_AXIS}")
+            if beside.cached:
+                self._require_one_module(beside.measured)
             call.measured = merge(call.measured, beside.measured)
         return beside.output
+
+    def _require_one_module(self, measured: Measured) -> None:
+        """Raise if a module's trace runs again after it ran, and may be another's of its kind."""
+        paths = frozenset(measured)
+        if self._traced[paths]:
+            self._traced[paths] -= 1
+        elif paths in self._came:
+            raise ValueError(
+                f"{_cannot(measured)} out of an `nn.jit`, which ran one trace twice: for one module"
+                " or for two of equal fields, as nothing here tells. Give it the module's own"
+                " `apply`, or leave `nn.jit` out."
+            )
+        self._came.add(paths)
 
     def _explain(self, error: Exception) -> None:
         """Add the mend to an error that a transformation raises over what is leaving."""
@@ -211,7 +261,7 @@ class Calls:
         for path in {**known, **measured}:
             calls, slots = list(measured.get(path, ())), known.get(path, ())
             filled[path] = (*[_take(calls, slot) for slot in slots], *calls)
-            penalties = run.penalized.get(path, {})
+            penalties = remembered(run.key).penalized.get(path, {}) | run.penalized.get(path, {})
             known[path] = (*slots, *[_placeholder(penalties, call) for call in calls])
             self._grown = self._grown or bool(calls)
         return filled
@@ -228,6 +278,8 @@ class _Beside:
         measured: the measurements.
         probe: see `_probe`.
         level: how many forward passes are around the one that measured.
+        axes: how many axes the transformations are to stack it on.
+        cached: whether it leaves an `nn.jit`, which JAX may run without tracing it.
         jitted: whether a jitted function returns it.
     """
 
@@ -235,14 +287,17 @@ class _Beside:
     measured: Measured
     probe: Any = dataclasses.field(default_factory=lambda: _probe())
     level: int = 0
+    axes: int = 0
+    cached: bool = False
     jitted: bool = False
 
 
 def _take_apart(beside: _Beside) -> tuple[Any, Any]:
-    return (beside.output, beside.measured, beside.probe), (beside.level, beside.jitted)
+    static = (beside.level, beside.axes, beside.cached, beside.jitted)
+    return (beside.output, beside.measured, beside.probe), static
 
 
-def _put_together(static: tuple[int, bool], children: Any) -> Any:
+def _put_together(static: tuple[int, int, bool, bool], children: Any) -> Any:
     output, measured, probe = children
     beside = _Beside(output, measured, probe, *static)
     calls = _under_way.get()
@@ -266,24 +321,64 @@ def _with_last_leaf(wrap: Callable[[Any], Any], out: Any) -> Any:
     return jax.tree.unflatten(structure, [*leaves[:-1], wrap(leaves[-1])])
 
 
-def take_sown(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Measured]:
-    """Split intermediates into what the user's model sowed and what was measured."""
+def take_sown(run: Pass, tree: Mapping[str, Any], *scope: str) -> tuple[dict[str, Any], Measured]:
+    """Split intermediates into what the user's model sowed and what was measured.
+
+    Args:
+        run: the pass that measured.
+        tree: the intermediates in a scope.
+        scope: the names of its path.
+    """
     rest: dict[str, Any] = {}
     measured: Measured = {}
     for name, child in tree.items():
         if name.startswith(_NAME):
-            more, probe = child
-            if probe.shape[-1] != 0 or probe.ndim - 1 != int(name.removeprefix(_NAME)):
-                raise ValueError(f"{_cannot(more)} {_ADD_AXIS} {_NOT_ELSEWHERE}")
-            measured = merge(measured, more)
+            sown, probe = child
+            for traced, more in sown.items():
+                if probe.shape[-1] != 0 or probe.ndim - 1 != int(name.removeprefix(_NAME)):
+                    raise ValueError(f"{_cannot(more)} {_ADD_AXIS} {_NOT_ELSEWHERE}")
+                measured = merge(measured, _as_of(run, more, traced, join(*scope)))
         elif isinstance(child, Mapping):
-            kept, more = take_sown(child)
+            kept, more = take_sown(run, child, *scope, name)
             measured = merge(measured, more)
             if kept or not more:
                 rest[name] = kept
         else:
             rest[name] = child
     return rest, measured
+
+
+def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
+    """Return what was measured in a module, whose trace may be that of another one.
+
+    `nn.jit` runs one trace for all modules of equal fields, and knows nothing of their paths.
+
+    Args:
+        run: the pass.
+        measured: the measurements, and the exempt paths without any, as of when it was traced.
+        traced: the path of the module that it was traced for.
+        path: the path of the module that it ran for.
+    """
+    moved: Measured = {}
+    for old, calls in measured.items():
+        new = old
+        if traced != path:
+            below = old == traced or old.startswith(f"{traced}/")
+            new = path + old.removeprefix(traced) if below else old
+            if not below or run.rules.find(old) != run.rules.find(new):
+                raise ValueError(
+                    f'{_cannot({new: calls})} out of the `nn.jit` of "{path}": that runs the trace'
+                    f' that was made for "{traced}", a module of equal fields, and the rules for'
+                    " them differ. Leave `nn.jit` out, or give the modules a field that differs."
+                )
+        run.seen[new] = None
+        moved[new] = calls
+    return only_measured(moved)
+
+
+def only_measured(measured: Measured) -> Measured:
+    """Return these without the paths that are exempt."""
+    return {path: calls for path, calls in measured.items() if calls}
 
 
 def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> tuple[Any, tuple[int, ...]]:
@@ -346,15 +441,24 @@ def _is_anothers(call: Call) -> bool:
 def _sow(call: Call, measured: Measured) -> bool:
     """Put measurements into the intermediates of a call's module, if they leave with the call."""
     assert call.module is not None
-    axes = sum(call.lifts[lift] for lift in _STACKING)
+    assert call.module.scope is not None
+    path = join(*call.module.scope.path)
     return nn.Module.sow(
         call.module,
         COLLECTION,
-        f"{_NAME}{axes}",
+        f"{_NAME}{_stacked(call.lifts)}",
         (measured, _probe()),
-        reduce_fn=lambda sown, new: (merge(sown[0], new[0]), new[1]),
+        reduce_fn=lambda sown, new: (
+            {**sown[0], path: merge(sown[0].get(path, {}), new[0])},
+            new[1],
+        ),
         init_fn=lambda: ({}, None),
     )
+
+
+def _stacked(lifts: Counter[str]) -> int:
+    """Return how many axes these transformations stack outputs on."""
+    return sum(lifts[lift] for lift in _STACKING)
 
 
 def _probe() -> jax.Array:

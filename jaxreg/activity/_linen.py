@@ -12,7 +12,7 @@ from flax.core.scope import in_filter, union_filters
 
 from jaxreg.terms import measure_parameter
 
-from ._lifted import COLLECTION, Calls, take_sown
+from ._lifted import COLLECTION, Calls, only_measured, take_sown
 from ._pass import Measured, Parameter, Pass, join, merge, under_way
 
 
@@ -41,7 +41,7 @@ def run_apply(
     run, measured, (out, state) = _run(
         forward, new_pass, _modules(variables), collects=True, keeps=asked
     )
-    rest, sown = take_sown(state.get(COLLECTION, {}))
+    rest, sown = take_sown(run, state.get(COLLECTION, {}))
     measured = merge(measured, sown)
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
@@ -105,7 +105,7 @@ def _run(
             if not calls.learned_branches():
                 raise
         else:
-            return run, calls.innermost.measured, out
+            return run, only_measured(calls.innermost.measured), out
 
 
 def _intercept(
@@ -145,7 +145,8 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
 
     A bound module is a copy made for one forward pass.
     """
-    if "sow" in vars(module):
+    watched: Any = vars(module).get("sow")
+    if watched is not None and watched.run is run:
         yield
         return
 
@@ -154,13 +155,19 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
             run.record(module, run.at(*module.path, name), value)
             if not keeps:
                 return False
-        return type(module).sow(module, col, name, value, *args, **kwargs)
+        # That of an activity around this one, too.
+        through = watched or partial(type(module).sow, module)
+        sown: bool = through(col, name, value, *args, **kwargs)
+        return sown
 
+    setattr(sow, "run", run)
     object.__setattr__(module, "sow", sow)
     try:
         yield
     finally:
         object.__delattr__(module, "sow")
+        if watched is not None:
+            object.__setattr__(module, "sow", watched)
 
 
 def _require_no_parameters(measured: Measured) -> None:

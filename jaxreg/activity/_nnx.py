@@ -13,7 +13,7 @@ from flax.nnx import bridge
 from jaxreg.terms import measure_parameter
 
 from ._linen import run_inside
-from ._pass import Measured, Pass, current, join, merge, trace, under_way
+from ._pass import Measured, Pass, current, failed, join, merge, remembered, trace, under_way
 
 Path = tuple[Any, ...]
 
@@ -48,11 +48,8 @@ def run_module(
     }
     before = {id(node): dict(vars(node)) for _, node in copies}
 
-    carried: dict[str, set[tuple[int, bool]]] = {}
-    run = new_pass(
-        carry=functools.partial(_carry, carried, trace()),
-        seen=dict.fromkeys(join(*path) for path, _ in copies),
-    )
+    inside, carried = current() is not None, Carried()
+    run = new_pass(seen=dict.fromkeys(join(*path) for path, _ in copies), carry=carried.carry)
     for path, node in copies:
         # Made before the forward pass, so that a transformation without an axis for it drops it in
         # a way that can be told. Modules that no rule matches stay as they are until they sow.
@@ -63,19 +60,22 @@ def run_module(
     call: Any = copy
     if forward is not module and forward.__func__ is not type(module).__call__:
         call = types.MethodType(forward.__func__, copy)
-    with under_way(run):
-        try:
-            out = call(*args, **kwargs)
-        except Exception as error:
-            if "_jaxreg_terms" in str(error):
-                raise ValueError(_refused(carried)) from error
-            raise
-
     measured: Measured = {}
-    for _, node in copies:
-        if hasattr(node, "_jaxreg_terms"):
-            measured = merge(measured, node._jaxreg_terms.get_value())
-    _require_carried(carried, measured)
+    try:
+        with under_way(run):
+            out = call(*args, **kwargs)
+        for _, node in copies:
+            if hasattr(node, "_jaxreg_terms"):
+                measured = merge(measured, node._jaxreg_terms.get_value())
+        carried.require(measured)
+    except Exception as error:
+        failed()
+        if "_jaxreg_terms" in str(error):
+            raise ValueError(_refused(carried.notes)) from error
+        raise
+    replayed = remembered(run.key).seen
+    replayed.update(dict.fromkeys(carried.exempt))
+    run.seen = {**run.seen, **replayed}
     # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.
     for _, node in copies:
         for name, value in vars(node).items():
@@ -85,6 +85,8 @@ def run_module(
     measured = run.finish(measured)
     shared: set[int] = set()
     for path, node in copies:
+        if inside and hasattr(originals[id(node)], "_jaxreg_path"):
+            continue  # the parameters are those of a module that is penalized around this one
         for name, (penalty, shape) in getattr(node, "_jaxreg_penalties", dict)().items():
             where, variable = join(*path, name), getattr(node, name)
             if id(variable) not in shared:
@@ -128,12 +130,15 @@ def _watched(cls: Any, path: Path) -> Any:
             run.record(self, run.at(*path, name), value)
         return cls.sow(self, variable_type, name, value, *args, **kwargs)
 
-    members = {"sow": sow, "_jaxreg_path": path, "_jaxreg_class": cls}
+    members: dict[str, Any] = {"sow": sow, "_jaxreg_path": path, "_jaxreg_class": cls}
     if any("__call__" in vars(base) for base in cls.__mro__):
         members["__call__"] = __call__
     for name in ("__module__", "__qualname__", "__doc__"):
         members[name] = getattr(cls, name)
-    return type(cls)(cls.__name__, (cls,), members)
+    watched = type(cls)(cls.__name__, (nnx.Module,), members)
+    # Only now, so that an `__init_subclass__` of the user's does not hear of it.
+    watched.__bases__ = (cls,)
+    return watched
 
 
 def _run_linen(run: Pass, module: Any, call: Callable[[], Any]) -> Any:
@@ -151,32 +156,73 @@ def _run_linen(run: Pass, module: Any, call: Callable[[], Any]) -> Any:
     return out
 
 
-def _carry(
-    carried: dict[str, set[tuple[int, bool]]], here: Any, module: Any, measured: Measured
-) -> None:
-    """Carry measurements in the module's own Variable, and note each for `_require_carried`."""
-    if not hasattr(module, "_jaxreg_path"):
-        raise ValueError(
-            f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}": its module is not'
-            " part of the module that was wrapped."
-        )
-    if not hasattr(module, "_jaxreg_terms"):
-        module._jaxreg_terms = nnx.data(PenaltyTerm({}))
-    terms = module._jaxreg_terms
-    try:
-        terms.set_value(terms.get_value())
-    except TraceContextError as error:
-        raise ValueError(
-            f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}" out of the'
-            " transformation around it. Use NNX's transformations (`nnx.vmap`, `nnx.remat`,"
-            " `nnx.grad`) rather than JAX's own, and give them the module."
-        ) from error
-    for path in measured:
-        # A transformation may trace a call several times; that notes the same again.
-        calls_before = len(terms.get_value().get(path, ()))
-        carried.setdefault(path, set()).add((calls_before, trace() == here))
-    for path, calls in merge(terms.get_value(), measured).items():
-        terms[path] = calls
+class Carried:
+    """What was measured in one forward pass, carried in the modules' own Variables.
+
+    Args:
+        here: the trace that the pass runs in.
+        notes: for each path its calls, as far as they can be told apart: a transformation may trace
+            one several times, and that notes the same again.
+        exempt: the paths that transformations traced and no penalty measures.
+        holders: the Variables that hold calls, each after the trace and the path.
+    """
+
+    def __init__(self) -> None:
+        self.here = trace()
+        self.notes: dict[str, set[Any]] = {}
+        self.exempt: list[str] = []
+        self.holders: list[tuple[Any, str, Any]] = []
+
+    def carry(self, module: Any, measured: Measured) -> None:
+        """Carry measurements in a module's own Variable, and note each."""
+        if not any(measured.values()):
+            self.exempt += measured if trace() != self.here else []
+            return
+        if not hasattr(module, "_jaxreg_path"):
+            raise ValueError(
+                f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}": its module is'
+                " not part of the module that was wrapped."
+            )
+        if not hasattr(module, "_jaxreg_terms"):
+            module._jaxreg_terms = nnx.data(PenaltyTerm({}))
+        terms = module._jaxreg_terms
+        try:
+            terms.set_value(terms.get_value())
+        except TraceContextError as error:
+            raise ValueError(
+                f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}" out of the'
+                " transformation around it. Use NNX's transformations (`nnx.vmap`, `nnx.remat`,"
+                " `nnx.grad`) rather than JAX's own, and give them the module."
+            ) from error
+        for path in measured:
+            calls_before = len(terms.get_value().get(path, ()))
+            note = calls_before, trace() == self.here, self._copy(path, terms)
+            self.notes.setdefault(path, set()).add(note)
+        for path, calls in merge(terms.get_value(), measured).items():
+            terms[path] = calls
+
+    def _copy(self, path: str, terms: Any) -> int:
+        """Return which of the modules with this path holds these terms, in order of their calls.
+
+        A module has others beside it where it was cloned, or split and merged.
+        """
+        now = trace()
+        held = [held for where, of, held in self.holders if of == path and where == now]
+        if not any(other is terms for other in held):
+            self.holders.append((now, path, terms))
+            held.append(terms)
+        return next(i for i, other in enumerate(held) if other is terms)
+
+    def require(self, measured: Measured) -> None:
+        """Raise if a transformation dropped what was measured inside it."""
+        for path, notes in self.notes.items():
+            if len(measured.get(path, ())) < len(notes):
+                raise ValueError(
+                    f'`jaxreg.activity` lost the term "{path}" in a transformation around it. Use'
+                    " `nnx.scan` or `nnx.vmap` rather than JAX's own, and give the term an axis:"
+                    " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`. In place of `nnx.merge` or"
+                    " `nnx.clone`, which make another module, `nnx.update` the one that it was."
+                )
 
 
 def _refused(carried: Mapping[str, Any]) -> str:
@@ -190,15 +236,3 @@ def _refused(carried: Mapping[str, Any]) -> str:
         " `nnx.fori_loop` cannot carry any: penalize what they return, by `jaxreg.sow`; a rule that"
         " maps the path to None exempts it inside."
     )
-
-
-def _require_carried(carried: dict[str, set[tuple[int, bool]]], measured: Measured) -> None:
-    """Raise if a transformation dropped what was measured inside it."""
-    for path, notes in carried.items():
-        if len(measured.get(path, ())) < len(notes):
-            raise ValueError(
-                f'`jaxreg.activity` lost the term "{path}" in a transformation around it. Use'
-                " `nnx.scan` or `nnx.vmap` rather than JAX's own, and give the term an axis:"
-                " `nnx.StateAxes({jaxreg.nnx.PenaltyTerm: 0, ...})`. In place of `nnx.merge`, which"
-                " makes another module, `nnx.update` the one that it was."
-            )

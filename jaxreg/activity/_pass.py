@@ -2,6 +2,8 @@
 
 import contextvars
 import dataclasses
+import functools
+import types
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +77,7 @@ class Pass:
         rules: the rules over paths.
         reduction: how separable penalties are divided.
         mask: None, or which tokens count.
-        carry: called with a module and what was measured in it.
+        carry: called with a module and what was measured in it: nothing, for a path that is exempt.
         seen: the paths of the modules and values met, in order, to which more are added.
         initializing: whether a module was met that was being initialized: those collect nothing.
         penalized: the penalties of each path that was measured, by their structure.
@@ -101,10 +103,13 @@ class Pass:
         """Return the path of these names below the pass's module."""
         return join(*(name for name in (self.prefix, *names) if name != TOP))
 
-    def meet(self, path: str, default: Penalty | None = None) -> Penalty | None:
+    def meet(self, module: Any, path: str, default: Penalty | None = None) -> Penalty | None:
         """Note that there is a value at this path, and return its penalty."""
         self.seen[path] = None
-        return self.penalty(path, default)
+        penalty = self.penalty(path, default)
+        if penalty is None:
+            self.carry(module, {path: ()})
+        return penalty
 
     def record(self, module: Any, path: str, output: Any, default: Penalty | None = None) -> None:
         """Measure each floating-point leaf of an output, if it is penalized, and carry it.
@@ -112,7 +117,7 @@ class Pass:
         Raises:
             TypeError: where a penalized output has no such leaf.
         """
-        penalty = self.meet(path, default)
+        penalty = self.meet(module, path, default)
         if penalty is None:
             return
         leaves = jax.tree.leaves(output)
@@ -129,6 +134,9 @@ class Pass:
     def keep(self, module: Any, path: str, penalty: Penalty, *calls: Any) -> None:
         """Carry what was measured by a penalty at a path."""
         self.penalized.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
+        if not any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(penalty)):
+            known = remembered(self.key).penalized
+            known.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         self.carry(module, {path: calls})
 
     def finish(self, measured: Measured) -> Measured:
@@ -173,10 +181,35 @@ def under_way(run: Pass) -> Iterator[None]:
     """
     token = _current.set(run)
     try:
-        with _user_context((_user_context.value, run.key)):
+        with _user_context((_user_context.value, run.key, _failures.seen)):
             yield
     finally:
         _current.reset(token)
+
+
+def failed() -> None:
+    """Let no later pass replay what was traced in one that failed: it would not fail again."""
+    _failures.seen += 1
+
+
+@dataclasses.dataclass
+class Remembered:
+    """What a pass finds in jitted functions while they are traced, for those that replay them.
+
+    Args:
+        seen: the paths of sown values.
+        penalized: the penalties of each path that was measured, by their structure.
+    """
+
+    seen: dict[str, None] = dataclasses.field(default_factory=dict)
+    penalized: dict[str, dict[Any, Penalty]] = dataclasses.field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1024)
+def remembered(key: Hashable) -> Remembered:
+    """Return what passes of this key found."""
+    del key
+    return Remembered()
 
 
 def trace() -> Any:
@@ -189,5 +222,6 @@ def _is_floating(leaf: Any) -> bool:
     return number or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
+_failures = types.SimpleNamespace(seen=0)
 _user_context = jax.make_user_context(None)  # type: ignore[no-untyped-call]
 _current: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("jaxreg", default=None)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxreg as jr
@@ -24,6 +25,18 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.sigmoid(nn.Dense(4, name="dense")(x)) ** 2
+
+
+@pytest.mark.parametrize("reduction", ["batch_mean", "mean", "token_mean"])
+def test_an_exported_forward_pass_takes_any_batch_size(reduction):
+    forward = jr.activity({".": PENALTY + jr.GroupLasso(0.1)}, reduction=reduction)(Linen().apply)
+
+    def total(x):
+        return forward({"params": {"dense": PARAMS}}, x)[1].total
+
+    (batch,) = export.symbolic_shape("batch")
+    exported = export.export(jax.jit(total))(jax.ShapeDtypeStruct((batch, 3), np.float32))
+    np.testing.assert_allclose(exported.call(X[:5]), total(X[:5]), rtol=1e-6)
 
 
 class Scanned(nn.Module):

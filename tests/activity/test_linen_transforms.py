@@ -995,6 +995,113 @@ def test_batch_statistics_dropout_and_the_users_own_intermediates_alongside():
     chex.assert_trees_all_close(terms.as_dict(), {"layers/norm": own, "layers/own": own}, rtol=1e-5)
 
 
+class Base(nn.Module):
+    @nn.remat
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+class Doubled(Base):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class LiftedBase(nn.remat(Block)):  # type: ignore[misc]
+    def __call__(self, x):
+        return super().__call__(x)[0] * 2
+
+
+class Sharing(nn.Module):
+    inner: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x):
+        return self.inner(x)[0] * 2
+
+
+class Top(nn.Module):
+    module: Callable[[], nn.Module]
+
+    def setup(self):
+        self.m = self.module()
+
+    def __call__(self, x):
+        return self.m(x)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Doubled,
+        LiftedBase,
+        lambda: Sharing(Block()),
+        lambda: Sharing(nn.remat(Block)()),
+        lambda: Sharing(nn.jit(Block)()),
+    ],
+    ids=["super", "lifted-super", "share_scope", "share_scope-remat", "share_scope-jit"],
+)
+def test_of_calls_within_one_scope_the_outermost_output_counts(module):
+    variables = Top(module).init(KEY, X)
+    y, terms = jr.activity({"m": jr.L2(1.0)})(Top(module).apply)(variables, X)
+    np.testing.assert_allclose(terms["m"], squares(y), rtol=1e-6)
+
+
+@pytest.mark.parametrize("activity", [{}, {"sown/h": jr.L2(1.0)}], ids=["bare", "own"])
+def test_what_a_model_sows_goes_to_an_activity_inside_another_too(activity):
+    class Sown(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "h", x)
+            return x
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            _, terms = jr.activity({"sown/h": jr.L2(0.5)})(Sown(name="sown"))(x)
+            return terms.as_dict()
+
+    inner, outer = jr.activity(activity)(Model().apply)({}, X)
+    chex.assert_trees_all_close(inner, {"sown/h": 0.5 * squares(X)}, rtol=1e-6)
+    assert outer.keys() == activity.keys()
+
+
+class Weighted(nn.Module):
+    @nn.compact
+    def __call__(self, x, constant):
+        weight = nn.Dense(3, name="dense")(constant)
+        return x * weight, weight
+
+
+@pytest.mark.parametrize(
+    "lift",
+    [
+        functools.partial(
+            nn.vmap, variable_axes={"params": None}, in_axes=(0, None), out_axes=(0, None)
+        ),
+        functools.partial(
+            nn.scan,
+            variable_broadcast="params",
+            in_axes=nn.broadcast,
+            out_axes=nn.broadcast,
+            length=3,
+        ),
+    ],
+    ids=["vmap", "scan"],
+)
+def test_a_term_beside_an_output_that_is_not_stacked_is_an_error(lift):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lift(Weighted, split_rngs={"params": False})(name="m")(x, X[0])
+
+    variables = Model().init(KEY, X)
+    with pytest.raises(ValueError, match=r'term "m/dense".*Add "intermediates": 0'):
+        jr.activity({"m/dense": jr.L2(1.0)})(Model().apply)(variables, X)
+
+
 def test_an_activity_inside_another_measures_beside_it():
     """Linen's modules put out into both."""
 

@@ -302,6 +302,44 @@ def test_a_merged_layer_keeps_its_own_penalty(layer):
     assert not jr.activity({"layer/output": None})(Model())(x)[1]
 
 
+def test_of_two_activities_the_outer_one_has_the_parameters():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.dense = jr.nnx.Dense(
+                3,
+                3,
+                kernel_regularizer=jr.L2(1.0),
+                activity_regularizer=jr.L1(1.0),
+                rngs=nnx.Rngs(0),
+            )
+
+        def __call__(self, x):
+            return jr.activity({})(self.dense)(x)
+
+    (_, inner), outer = jr.activity({})(Model())(X)
+    assert (list(inner), list(outer)) == (["output"], ["dense/kernel"])
+
+
+def test_a_class_that_notes_its_subclasses_hears_of_none():
+    noted = []
+
+    class Base(nnx.Module):
+        def __init_subclass__(cls, *, kind, **kwargs):
+            super().__init_subclass__(**kwargs)
+            noted.append((cls.__name__, kind))
+
+    class Model(Base, kind="a"):
+        def __init__(self):
+            self.dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dense(x)
+
+    _, terms = jr.activity({"dense": jr.L2(1.0)})(Model())(X)
+    assert terms.keys() == {"dense"}
+    assert noted == [("Model", "a")]
+
+
 def test_a_cell_of_an_rnn_has_an_axis_for_its_terms():
     axes: Any = {jr.nnx.PenaltyTerm: 0, ...: nnx.Carry}
     cell = nnx.SimpleCell(3, 4, rngs=nnx.Rngs(0))

@@ -22,7 +22,7 @@ def penalized(
     found = None if penalty is None else site(module, "output")
     if found is not None:
         run, path = found
-        chosen = run.meet(path, penalty)
+        chosen = run.meet(module, path, penalty)
         if chosen is not None:
             a, measurement = measured(
                 *operands,
