@@ -345,6 +345,8 @@ def _spectral_norm(kernel: ArrayLike) -> jax.Array:
         matrix = kernel.reshape(math.prod(window) * inputs, outputs)
         # The singular vectors of a matrix of zeros are arbitrary, and with them the gradient.
         zero = jnp.all(matrix == 0)
+        # LAPACK may loop for ever for an inf.
+        matrix = jnp.where(jnp.isinf(matrix), jnp.nan, matrix)
         return jnp.where(zero, 0, jnp.linalg.norm(jnp.where(zero, 1, matrix), ord=2))
 
     norm: jax.Array = on_any_mesh(largest, _wide(kernel))

@@ -207,7 +207,9 @@ def jump_relu(x: ArrayLike, threshold: ArrayLike, *, bandwidth: ArrayLike) -> ja
 
 @jax.custom_jvp
 def _step(x: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
-    return jnp.heaviside(x - threshold, 0.0)
+    # Not of the difference, which is NaN for equal infinities.
+    above = jnp.where(x > threshold, 1, 0).astype(x.dtype)
+    return jnp.where(jnp.isnan(x) | jnp.isnan(threshold), jnp.nan, above)
 
 
 @_step.defjvp
@@ -227,7 +229,9 @@ def _jump_relu(x: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.
 def _jump_relu_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     by_x, by_threshold, _ = tangents
     _, threshold, _ = primals
-    tangent = _step(*primals) * by_x - threshold * _kernel(*primals) * by_threshold
+    # At an infinite threshold the density is 0, and 0 · inf would be NaN.
+    finite = jnp.where(jnp.isinf(threshold), 0, threshold)
+    tangent = _step(*primals) * by_x - finite * _kernel(*primals) * by_threshold
     return _jump_relu(*primals), tangent
 
 

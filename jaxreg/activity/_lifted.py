@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxreg.penalties import Penalty
 from jaxreg.terms import varying_axes
 
-from ._pass import Measured, Parameter, Pass, join, merge, remembered, trace
+from ._pass import Measured, Parameter, Pass, join, merge, trace
 
 COLLECTION = "intermediates"
 _NAME = "jaxreg_terms_"
@@ -261,7 +261,7 @@ class Calls:
         for path in {**known, **measured}:
             calls, slots = list(measured.get(path, ())), known.get(path, ())
             filled[path] = (*[_take(calls, slot) for slot in slots], *calls)
-            penalties = remembered(run.key).penalized.get(path, {}) | run.penalized.get(path, {})
+            penalties = run.remembered.penalized.get(path, {}) | run.penalized.get(path, {})
             known[path] = (*slots, *[_placeholder(penalties, call) for call in calls])
             self._grown = self._grown or bool(calls)
         return filled

@@ -13,7 +13,7 @@ from flax.nnx import bridge
 from jaxreg.terms import measure_parameter
 
 from ._linen import run_inside
-from ._pass import Measured, Pass, current, failed, join, merge, remembered, trace, under_way
+from ._pass import Measured, Pass, current, failed, join, merge, trace, under_way
 
 Path = tuple[Any, ...]
 
@@ -73,7 +73,7 @@ def run_module(
         if "_jaxreg_terms" in str(error):
             raise ValueError(_refused(carried.notes)) from error
         raise
-    replayed = remembered(run.key).seen
+    replayed = run.remembered.seen
     replayed.update(dict.fromkeys(carried.exempt))
     run.seen = {**run.seen, **replayed}
     # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.

@@ -135,9 +135,14 @@ class Pass:
         """Carry what was measured by a penalty at a path."""
         self.penalized.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         if not any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(penalty)):
-            known = remembered(self.key).penalized
+            known = self.remembered.penalized
             known.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         self.carry(module, {path: calls})
+
+    @functools.cached_property
+    def remembered(self) -> "Remembered":
+        """What passes of this key found in jitted functions while those were traced."""
+        return _remembered(self.key)
 
     def finish(self, measured: Measured) -> Measured:
         """Return what came out of the pass, or raise a ValueError if a rule won nothing in it.
@@ -206,8 +211,7 @@ class Remembered:
 
 
 @functools.lru_cache(maxsize=1024)
-def remembered(key: Hashable) -> Remembered:
-    """Return what passes of this key found."""
+def _remembered(key: Hashable) -> Remembered:
     del key
     return Remembered()
 

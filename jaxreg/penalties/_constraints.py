@@ -369,7 +369,7 @@ def _onto_simplex(x: jax.Array, scale: jax.Array) -> jax.Array:
     threshold, _, _ = jax.lax.while_loop(leaves_out_more, climb, (start, more, more + 1))
     # One step more has the derivative.
     threshold, _ = newton(x, scale, threshold)
-    return jnp.maximum(x - threshold, 0)
+    return jnp.where(x <= threshold, 0, x - threshold)
 
 
 def _each_vector(

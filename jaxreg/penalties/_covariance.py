@@ -58,7 +58,8 @@ class Scatter(NamedTuple):
 
 
 def _of_mean(total: jax.Array, examples: jax.Array, gram: Gram) -> jax.Array:
-    return gram(total[None]) / jnp.maximum(examples, 1)
+    # The square of the total itself would overflow for many examples.
+    return gram((total / jnp.sqrt(jnp.maximum(examples, 1)))[None])
 
 
 def squares(x: jax.Array) -> jax.Array:
@@ -183,6 +184,7 @@ class VarianceHinge(OfScatter):
     def of_scatter(self, scatter: jax.Array, examples: jax.Array) -> jax.Array:
         target, epsilon = (jnp.asarray(s, scatter.dtype) for s in (self.target, self.epsilon))
         # Rounding between microbatches may take it below 0.
-        variance = jnp.maximum(scatter, 0) / jnp.maximum(examples - 1, 1)
+        scatter = jnp.where(scatter < 0, 0, scatter)
+        variance = scatter / jnp.maximum(examples - 1, 1)
         short = jax.nn.relu(target - jnp.sqrt(variance + epsilon))
         return jnp.sum(short) / max(scatter.size, 1)

@@ -11,6 +11,7 @@ from ._arithmetic import squared_modulus
 from ._base import Penalty, Statistic
 from ._checks import check_broadcasts
 from ._fields import ArrayOrTree, array, positive, static
+from ._norm_constraints import polar
 
 
 class L2To(Penalty):
@@ -65,9 +66,10 @@ class L2To(Penalty):
             check_broadcasts(self, "weight", x, name)
 
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        difference = x - jnp.asarray(self.reference, x.dtype)
+        difference = x - jnp.asarray(_counted(self.reference, where), x.dtype)
         squares = squared_modulus(difference)
-        return jnp.sum(self._weight(squares) * squares, where=where)
+        weight = _counted(self._weight(squares), where)
+        return jnp.sum(weight * squares, where=where)
 
     def step_axes(self, ndim: int) -> tuple[int, ...]:
         return ()
@@ -144,7 +146,7 @@ class KLTo(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         temperature = jnp.asarray(self.temperature, x.dtype)
         log_q = jax.nn.log_softmax(x / temperature)
-        log_p = jax.nn.log_softmax(_last_axis_as(x, self.reference) / temperature)
+        log_p = jax.nn.log_softmax(_last_axis_as(x, _counted(self.reference, where)) / temperature)
         of, to = (log_p, log_q) if self.direction == "forward" else (log_q, log_p)
         # 0 · log 0 is 0, and its derivative must not be NaN.
         possible = of != -jnp.inf
@@ -197,18 +199,18 @@ class Cosine(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         if x.size == 0:
             return jnp.zeros((), x.dtype)
-        reference = _last_axis_as(x, self.reference)
-        x_square, r_square, product = (
-            jnp.sum(a, axis=-1, keepdims=True)
-            for a in (x * x, reference * reference, x * reference)
-        )
-        zero = (x_square == 0) | (r_square == 0)
-        # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
-        norms = jnp.sqrt(jnp.where(zero, 1, x_square)) * jnp.sqrt(jnp.where(zero, 1, r_square))
-        return jnp.sum(1 - jnp.where(zero, 0, product / norms), where=where)
+        reference = _last_axis_as(x, _counted(self.reference, where))
+        (_, direction), (_, other) = polar(x, (-1,)), polar(reference, (-1,))
+        cosines = jnp.sum(direction * other, axis=-1, keepdims=True)
+        return jnp.sum(1 - cosines, where=where)
 
     def of_means(self, means: jax.Array) -> jax.Array:
         return means
+
+
+def _counted(array: ArrayLike, where: jax.Array | None) -> ArrayLike:
+    """Return the array with 0 where it does not count: a NaN there must not reach a derivative."""
+    return array if where is None else jnp.where(where, array, 0)
 
 
 def _last_axis_as(x: jax.Array, reference: ArrayLike) -> jax.Array:

@@ -121,8 +121,8 @@ class GroupLasso(Grouped):
         norm = _root(_squares(x, axes))
         threshold = step * self.strength * self._weight(_size(x, axes, None))
         # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
-        zero = norm <= threshold
-        return jnp.where(zero, 0, x * (1 - threshold / jnp.where(zero, 1, norm)))
+        zero = (norm <= threshold) & (threshold > 0)
+        return jnp.where(zero, 0, x * (1 - threshold / jnp.where(zero | (norm == 0), 1, norm)))
 
     def _weight(self, size: jax.Array) -> jax.Array:
         return jnp.sqrt(size) if self.weighted else jnp.ones_like(size)

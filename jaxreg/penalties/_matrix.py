@@ -14,6 +14,7 @@ from ._axes import as_matrices, batch_axes, check_axes
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import static
+from ._norm_constraints import polar
 
 # Accelerators round the factors of a float32 product to fewer bits unless told not to.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -106,9 +107,8 @@ class Orthogonal(Matrix):
 
     def of_matrices(self, w: jax.Array) -> jax.Array:
         n = w.shape[-1]
-        squares = jnp.sum(jnp.square(w), axis=-2, keepdims=True)
-        zero = squares == 0
-        cosines = gram(jnp.where(zero, 0, w * jax.lax.rsqrt(jnp.where(zero, 1, squares))))
+        _, directions = polar(w, (-2,))
+        cosines = gram(directions)
         return jnp.sum(modulus(_off_diagonal(cosines))) / max(n * (n - 1), 1)
 
 

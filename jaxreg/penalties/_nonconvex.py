@@ -299,7 +299,8 @@ class L0(Separable):
         return jnp.where(jnp.isnan(x), x, (x != 0).astype(x.dtype))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.where(jnp.square(x) <= 2 * step * self.strength, 0, x)
+        twice = 2 * step * self.strength
+        return jnp.where((jnp.square(x) <= twice) & (twice > 0), 0, x)
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -316,9 +317,12 @@ def _best(
     Each piece of the penalty gives its own minimizer as a candidate.
     """
     size = jnp.abs(x)
-    best, lowest = jnp.zeros_like(x), jnp.square(size) / 2
+    unit = jnp.where(size == 0, 1, size)
+    best, lowest = jnp.zeros_like(x), jnp.zeros_like(x)
     for candidate in candidates:
-        objective = jnp.square(candidate - size) / 2 + scale * phi(candidate)
+        # Less that of 0, over |x|: next to it the difference would have no digits, and far from 1
+        # the squares would overflow or vanish.
+        objective = candidate / unit * (candidate / 2 - size) + scale * phi(candidate) / unit
         better = objective < lowest
         best, lowest = jnp.where(better, candidate, best), jnp.where(better, objective, lowest)
     return jnp.where(jnp.isfinite(x), jnp.sign(x) * best, x)

@@ -157,4 +157,6 @@ class RangeHinge(Separable):
     def _excess(self, x: jax.Array) -> jax.Array:
         """Return how far each entry is above the range, or, negative, below it."""
         lower, upper = jnp.asarray(self.lower, x.dtype), jnp.asarray(self.upper, x.dtype)
-        return x - jnp.clip(x, lower, upper)
+        # Without a bound, an infinite entry is within.
+        within = (x >= lower) & (x <= upper)
+        return jnp.where(within, 0, x - jnp.clip(x, lower, upper))

@@ -49,10 +49,12 @@ class ImportanceCV(Statistic):
 
     def of_means(self, means: jax.Array) -> jax.Array:
         experts = max(means.size, 1)
-        mean = jnp.sum(means) / experts
         unused = jnp.all(means == 0)
-        # No square of the mean, which would underflow before it.
-        relative = means / jnp.where(unused, 1, mean)
+        # Their scale counts for nothing, and would underflow in the square of the mean, which the
+        # derivative divides by.
+        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(means), initial=0))
+        means /= jnp.where(unused, 1, scale)
+        relative = means / jnp.where(unused, 1, jnp.sum(means) / experts)
         return jnp.where(unused, 0, jnp.sum(jnp.square(relative - 1)) / experts)
 
 

@@ -1,0 +1,132 @@
+"""Where float32 overflows or vanishes, or ties: far from 1, next to a kink, among many examples."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxreg as jr
+
+RNG = np.random.default_rng(0)
+X = RNG.uniform(0.5, 1.0, (5, 4)).astype(np.float32)
+
+SCALELESS: dict[str, Any] = {
+    "Orthogonal": jr.Orthogonal(1.0),
+    "Cosine": jr.Cosine(1.0, reference=X[::-1]),
+    "ImportanceCV": jr.ImportanceCV(1.0),
+}
+
+
+@pytest.mark.parametrize("name", SCALELESS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_penalties_that_know_no_scale_have_a_gradient_at_each(name, scale):
+    penalty = SCALELESS[name]
+    value, gradient = jax.jit(jax.value_and_grad(penalty))(X * scale)
+    np.testing.assert_allclose(value, penalty(X), rtol=1e-5)
+    expected = penalty.gradient(X)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(gradient * scale, expected, rtol=1e-4, atol=1e-5 * size)
+
+
+def test_one_small_column_has_a_finite_gradient():
+    kernel = X * np.array([1, 1e-25, 1, 1], np.float32)
+    gradient = jr.Orthogonal(1.0).gradient(kernel)
+    np.testing.assert_allclose(gradient[:, 1] * 1e-25, jr.Orthogonal(1.0).gradient(X)[:, 1], 1e-4)
+
+
+def test_small_vectors_at_a_reference_as_small():
+    gradient = jr.Cosine(1.0, reference=X[::-1] * 1e-12).gradient(X * 1e-12)
+    expected = SCALELESS["Cosine"].gradient(X)
+    np.testing.assert_allclose(gradient * 1e-12, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_collapsed_features_have_all_of_their_curvature():
+    penalty = jr.VarianceHinge(1.0)
+    direction = jnp.arange(6.0).reshape(3, 2)
+    _, curvature = jax.jvp(penalty.gradient, (jnp.ones((3, 2)),), (direction,))
+    # −(x − μ) / ((n − 1) √ε d), with ε = 1e-4 and n = 3.
+    expected = -(direction - direction.mean(0)) / (2 * 1e-2 * 2)
+    np.testing.assert_allclose(curvature, expected, rtol=1e-5)
+
+
+def test_many_examples_of_a_large_mean():
+    x = 1e13 + 1e12 * jnp.asarray(RNG.normal(size=(2**20, 1)), jnp.float32)
+    assert jr.VarianceHinge(1.0)(x) == 0
+
+
+FIRM: dict[str, Any] = {
+    "MCP": (jr.MCP(1.0, knot=2.0), 2.0),
+    "SCAD": (jr.SCAD(1.0, threshold=1.0), 1.0),
+    "CappedL1": (jr.CappedL1(1.0, cap=2.0), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FIRM)
+def test_thresholds_are_exact(name):
+    penalty, slope = FIRM[name]
+    x = 1 + jnp.float32([1e-6, 1e-5, 1e-4, 3e-4])
+    moved, derivative = jax.jvp(lambda x: penalty.prox(x, 1.0), (x,), (jnp.ones_like(x),))
+    np.testing.assert_allclose(moved, slope * (x - 1), rtol=1e-6)
+    np.testing.assert_allclose(derivative, slope, rtol=1e-6)
+    np.testing.assert_array_equal(penalty.prox(jnp.float32([1.0, 0.9999]), 1.0), 0)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        jr.L0(1.0),
+        jr.MCP(1.0, knot=2.0),
+        jr.CappedL1(1.0, cap=2.0),
+        jr.LogSum(1.0, epsilon=1.0),
+        jr.GroupLasso(1.0),
+        jr.SparseGroupLasso(1.0, alpha=0.5),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e18, 1e30])
+def test_a_step_of_zero_moves_nothing(penalty, scale):
+    x = (X - 0.7) * np.float32(scale)
+    np.testing.assert_allclose(penalty.prox(x, 0.0), x, rtol=1e-6)
+
+
+def test_the_projection_onto_a_simplex_leaves_out_an_entry_at_the_threshold():
+    jacobian = jax.jacobian(jr.Simplex().project)
+    np.testing.assert_array_equal(jacobian(jnp.array([1.0, 0.0])), 0)
+    np.testing.assert_array_equal(
+        jax.jacobian(jr.L1Ball(1.0).project)(jnp.array([2.0, 1.0, 0.0])), 0
+    )
+
+
+def test_infinite_entries_of_a_half_open_range():
+    penalty = jr.RangeHinge(1.0, upper=10.0)
+    value, gradient = jax.value_and_grad(penalty)(jnp.array([-jnp.inf, 1.0, 12.0]))
+    assert value == 2
+    np.testing.assert_array_equal(gradient, [0, 0, 1])
+    assert jr.RangeHinge(1.0, upper=10.0)(jnp.array([jnp.inf])) == jnp.inf
+
+
+def test_a_reference_that_does_not_count_reaches_no_derivative():
+    reference, mask = jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]), jnp.array([True, False])
+
+    def total(scale):
+        penalties = (
+            jr.KLTo(1.0, reference=reference, temperature=scale)
+            + jr.Cosine(1.0, reference=reference)
+            + jr.L2To(1.0, reference=reference, weight=reference)
+        )
+        x = jnp.array([[1.0, 3.0], [1.0, 1.0]])
+        return jr.penalize(scale * x, penalties, mask=mask)
+
+    assert jnp.isfinite(jax.grad(total)(2.0))
+
+
+@pytest.mark.parametrize("function", [jr.gates.jump_relu, jr.gates.step])
+def test_a_gate_at_an_infinite_threshold_is_closed(function):
+    def total(threshold):
+        return jnp.sum(function(jnp.array([1.0, jnp.inf]), threshold, bandwidth=0.1))
+
+    value, gradient = jax.value_and_grad(total)(jnp.full(2, jnp.inf))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
