@@ -561,6 +561,21 @@ def test_leaves_of_one_shape_and_other_shardings_on_an_explicit_mesh():
             np.testing.assert_array_equal(gradient[name], np.full((8, 16), 4))
 
 
+def test_a_penalty_of_ones_own_declares_its_fields():
+    class Power(jr.penalties.Separable):
+        _: dataclasses.KW_ONLY
+        order: int = jr.penalties.static(default=2)
+        unit: Any = jr.penalties.array(default=None)
+
+        def phi(self, x):
+            return (x * self.unit) ** self.order
+
+    params = {"a": jnp.full(2, 2.0), "b": jnp.full(2, 3.0)}
+    kernel = jr.kernel({"*": Power(0.5, order=3, unit={"a": jnp.ones(2), "b": jnp.zeros(2)})})
+    assert kernel(params) == 0.5 * 2 * 8
+    assert len(jax.tree.leaves(kernel)) == 3
+
+
 def test_a_penalty_of_ones_own_may_hold_an_array():
     class To(jr.penalties.Separable):
         _: dataclasses.KW_ONLY

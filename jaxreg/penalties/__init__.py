@@ -17,6 +17,10 @@ from ._covariance import VarianceHinge as VarianceHinge
 from ._distance import Cosine as Cosine
 from ._distance import KLTo as KLTo
 from ._distance import L2To as L2To
+from ._fields import array as array
+from ._fields import positive as positive
+from ._fields import setting as setting
+from ._fields import static as static
 from ._gates import HardConcrete as HardConcrete
 from ._group import ExclusiveLasso as ExclusiveLasso
 from ._group import GroupLasso as GroupLasso

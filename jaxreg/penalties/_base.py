@@ -23,10 +23,10 @@ class Penalty(abc.ABC):
     r"""A non-negative strength times a real function of one array.
 
     A subclass becomes a frozen dataclass and a pytree by being defined. Its fields are leaves,
-    except those declared by `static`; `setting` and `positive` declare further scalars, `array`
-    arrays. The strength is a leaf and the first field, so that it can be traced, scheduled, vmapped
-    over and differentiated, and changing it never recompiles. The other fields follow a
-    `dataclasses.KW_ONLY`.
+    except those declared by `jaxreg.penalties.static`; `setting` and `positive`, beside it, declare
+    further scalars, `array` arrays. The strength is a leaf and the first field, so that it can be
+    traced, scheduled, vmapped over and differentiated, and changing it never recompiles. The other
+    fields follow a `dataclasses.KW_ONLY`.
 
     A penalty is defined by its `moments`, sums over the array that add up across microbatches and
     devices, and by `finish`, which turns them into the value:
@@ -218,6 +218,22 @@ class Separable(Penalty):
 
     Args:
         strength: s.
+
+    Example:
+        >>> import dataclasses
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> class PseudoHuber(jr.penalties.Separable):
+        ...     _: dataclasses.KW_ONLY
+        ...     delta: float = jr.penalties.positive(default=1.0)
+        ...
+        ...     def phi(self, x):
+        ...         return self.delta**2 * (jnp.sqrt(1 + (x / self.delta) ** 2) - 1)
+        >>> round(float(PseudoHuber(0.5, delta=2.0)(jnp.array([2 * 3**0.5, 0.0]))), 4)
+        2.0
+        >>> PseudoHuber(0.5, delta=-1.0)
+        Traceback (most recent call last):
+        ValueError: `jaxreg.PseudoHuber(delta=...)` must be a positive, finite scalar; got -1.0.
     """
 
     strength: ArrayLike
