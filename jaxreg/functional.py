@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxreg.penalties._arithmetic import of_rank
 from jaxreg.penalties._checks import require, require_real
 from jaxreg.penalties._explicit import on_any_mesh
 
@@ -279,7 +280,8 @@ def contractive(
             f" got {x.shape}, {kernel.shape} and {bias.shape}."
         )
     x, kernel, bias = _wide(x), _wide(kernel), _wide(bias)
-    z = x @ kernel + bias
+    z = x @ kernel
+    z += of_rank(z.ndim, bias)
     _, slopes = jax.jvp(activation, (z,), (jnp.ones_like(z),))
     return _mean(jnp.square(slopes) @ jnp.sum(jnp.square(kernel), axis=0))
 
@@ -381,7 +383,7 @@ def _basis(like: jax.Array) -> jax.Array:
     """Return the unit vectors of an example's entries, each for all examples."""
     size = math.prod(like.shape[1:])
     eye = jnp.eye(size, dtype=like.dtype).reshape(size, 1, *like.shape[1:])
-    return eye * jnp.ones_like(like)
+    return eye * jnp.ones_like(like)[None]
 
 
 def _unit_vectors(key: jax.Array, samples: int, like: jax.Array) -> jax.Array:
@@ -389,7 +391,7 @@ def _unit_vectors(key: jax.Array, samples: int, like: jax.Array) -> jax.Array:
     entries = math.prod(like.shape[1:])
     normal = jax.random.normal(key, (samples, like.shape[0], entries), _wide(like).dtype)
     unit: jax.Array = normal / jnp.linalg.norm(normal, axis=2, keepdims=True)
-    return unit.astype(like.dtype).reshape(samples, *like.shape) * jnp.ones_like(like)
+    return unit.astype(like.dtype).reshape(samples, *like.shape) * jnp.ones_like(like)[None]
 
 
 def _mean(values: jax.Array) -> jax.Array:

@@ -12,6 +12,11 @@ def real_dtype(x: jax.Array) -> Any:
     return jnp.real(x).dtype
 
 
+def of_rank(ndim: int, array: jax.Array) -> jax.Array:
+    """Return the array with axes of size 1 in front, for users who let JAX add none by itself."""
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
 def modulus(x: jax.Array) -> jax.Array:
     """Return the modulus of each entry, with derivative 0 at 0."""
     # The derivative of `jnp.abs` at a real 0 is 1.

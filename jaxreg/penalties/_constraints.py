@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax.projections
 from jax.typing import ArrayLike
 
+from ._arithmetic import of_rank
 from ._axes import check_axes, vector_axes
 from ._base import Constraint
 from ._checks import check_broadcasts, require_order
@@ -88,7 +89,9 @@ class Box(Constraint):
         return ()
 
     def _project(self, x: jax.Array) -> jax.Array:
-        lower, upper = jnp.asarray(self.lower, x.dtype), jnp.asarray(self.upper, x.dtype)
+        lower, upper = (
+            of_rank(x.ndim, jnp.asarray(bound, x.dtype)) for bound in (self.lower, self.upper)
+        )
         projected: jax.Array = optax.projections.projection_box(x, lower, upper)
         return projected
 

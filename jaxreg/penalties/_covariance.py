@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ._arithmetic import of_rank
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import positive
@@ -46,7 +47,7 @@ class Scatter(NamedTuple):
         else:
             examples = jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
         total = jnp.sum(x, axis=axes)
-        centered = x - total / jnp.maximum(examples, 1)
+        centered = x - of_rank(x.ndim, total / jnp.maximum(examples, 1))
         if where is not None:
             centered = jnp.where(where, centered, 0)
         return cls(examples, total, gram(centered), _of_mean(total, examples, gram))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import squared_modulus
+from ._arithmetic import of_rank, squared_modulus
 from ._base import Penalty, Statistic
 from ._checks import check_broadcasts
 from ._fields import ArrayOrTree, array, positive, static
@@ -66,8 +66,8 @@ class L2To(Penalty):
             check_broadcasts(self, "weight", x, name)
 
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        difference = x - jnp.asarray(_counted(self.reference, where), x.dtype)
-        squares = squared_modulus(difference)
+        reference = _counted(_of_rank(self.reference, x), where)
+        squares = squared_modulus(x - reference)
         weight = _counted(self._weight(squares), where)
         return jnp.sum(weight * squares, where=where)
 
@@ -75,12 +75,12 @@ class L2To(Penalty):
         return ()
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        pull = 2 * step * self.strength * self._weight(step)
-        pulled = x - pull / (1 + pull) * (x - jnp.asarray(self.reference, x.dtype))
+        pull = 2 * of_rank(x.ndim, step * self.strength) * self._weight(jnp.real(x))
+        pulled = x - pull / (1 + pull) * (x - _of_rank(self.reference, x))
         return jnp.where(jnp.isinf(x), x, pulled)
 
     def _weight(self, like: jax.Array) -> jax.Array:
-        return jnp.asarray(1 if self.weight is None else self.weight, like.dtype)
+        return _of_rank(1 if self.weight is None else self.weight, like)
 
 
 class KLTo(Statistic):
@@ -146,7 +146,7 @@ class KLTo(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         temperature = jnp.asarray(self.temperature, x.dtype)
         log_q = jax.nn.log_softmax(x / temperature)
-        log_p = jax.nn.log_softmax(_last_axis_as(x, _counted(self.reference, where)) / temperature)
+        log_p = jax.nn.log_softmax(_last_axis_as(x, self.reference, where) / temperature)
         of, to = (log_p, log_q) if self.direction == "forward" else (log_q, log_p)
         # 0 · log 0 is 0, and its derivative must not be NaN.
         possible = of != -jnp.inf
@@ -199,7 +199,7 @@ class Cosine(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         if x.size == 0:
             return jnp.zeros((), x.dtype)
-        reference = _last_axis_as(x, _counted(self.reference, where))
+        reference = _last_axis_as(x, self.reference, where)
         (_, direction), (_, other) = polar(x, (-1,)), polar(reference, (-1,))
         cosines = jnp.sum(direction * other, axis=-1, keepdims=True)
         return jnp.sum(1 - cosines, where=where)
@@ -208,12 +208,18 @@ class Cosine(Statistic):
         return means
 
 
-def _counted(array: ArrayLike, where: jax.Array | None) -> ArrayLike:
+def _counted(array: jax.Array, where: jax.Array | None) -> jax.Array:
     """Return the array with 0 where it does not count: a NaN there must not reach a derivative."""
     return array if where is None else jnp.where(where, array, 0)
 
 
-def _last_axis_as(x: jax.Array, reference: ArrayLike) -> jax.Array:
+def _of_rank(array: ArrayLike, like: jax.Array) -> jax.Array:
+    """Return an array that broadcasts to another in its dtype and rank; of rank 0 as it is."""
+    array = jnp.asarray(array, like.dtype)
+    return of_rank(like.ndim, array) if array.ndim else array
+
+
+def _last_axis_as(x: jax.Array, reference: ArrayLike, where: jax.Array | None) -> jax.Array:
     """Return the reference in the dtype of `x`, with a last axis of the same size."""
-    reference = jnp.asarray(reference, x.dtype)
+    reference = _counted(of_rank(x.ndim, jnp.asarray(reference, x.dtype)), where)
     return jnp.broadcast_to(reference, (*reference.shape[:-1], x.shape[-1]))

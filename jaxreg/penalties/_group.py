@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import divide, modulus, real_dtype, squared_modulus
+from ._arithmetic import divide, modulus, of_rank, real_dtype, squared_modulus
 from ._axes import check_axes, vector_axes
 from ._base import Penalty
 from ._fields import setting, static
@@ -329,7 +329,7 @@ def _sorted_sums(size: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax
     kept = groups.shape[: size.ndim - len(axes)]
     groups = groups.reshape(*kept, math.prod(size.shape[axis] for axis in axes))
     counts = jnp.arange(1, groups.shape[-1] + 1, dtype=size.dtype)
-    return jnp.cumsum(-jnp.sort(-groups, axis=-1), axis=-1), counts
+    return jnp.cumsum(-jnp.sort(-groups, axis=-1), axis=-1), of_rank(groups.ndim, counts)
 
 
 def _of_groups(scale: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

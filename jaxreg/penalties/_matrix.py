@@ -147,7 +147,7 @@ class SoftOrthogonal(Matrix):
     def of_matrices(self, w: jax.Array) -> jax.Array:
         batch, m, n = w.shape
         g = gram(w if n <= m else w.mT)
-        squares = jnp.sum(jnp.square(g - jnp.eye(min(m, n), dtype=g.dtype)))
+        squares = jnp.sum(jnp.square(g - jnp.eye(min(m, n), dtype=g.dtype)[None]))
         return squares + batch * max(n - m, 0)
 
 

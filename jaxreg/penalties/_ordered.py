@@ -193,7 +193,8 @@ class SmoothL2(Ordered):
         for axis in axes:
             size = x.shape[axis]
             sines = jnp.sin(jnp.arange(size, dtype=x.dtype) * (jnp.pi / (2 * size)))
-            pull += jnp.expand_dims(4 * jnp.square(sines), range(1, x.ndim - axis))
+            own = tuple(size if a == axis else 1 for a in range(x.ndim))
+            pull += 4 * jnp.square(sines).reshape(own)
         pull *= 2 * jnp.asarray(step * self.strength, x.dtype)
         spectrum = jax.scipy.fft.dctn(x, axes=axes, norm="ortho")
         moved = jax.scipy.fft.idctn(spectrum * (pull / (1 + pull)), axes=axes, norm="ortho")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ._arithmetic import of_rank
 from ._axes import as_matrices, vector_axes
 from ._checks import check_broadcasts
 from ._explicit import on_any_mesh
@@ -357,7 +358,7 @@ def _soft(s: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _capped(s: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     counts = jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)
     # As in the projection on an L1 ball, the largest candidate is the level.
-    levels = (jnp.cumsum(s, axis=-1) - threshold) / counts
+    levels = (jnp.cumsum(s, axis=-1) - threshold) / of_rank(s.ndim, counts)
     level = jnp.max(levels, axis=-1, keepdims=True, initial=0)
     return jnp.minimum(s, level), (s < level).astype(s.dtype)
 
@@ -375,7 +376,7 @@ def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax
     # singular value is below τ, Q need not be accurate: that is where the last factor is 0.
     q = _polar(w, threshold)
     h = matmul(q.mT, w)
-    identity = jnp.eye(w.shape[-1], dtype=w.dtype)
+    identity = jnp.eye(w.shape[-1], dtype=w.dtype)[None]
     sign = _polar((h + h.mT) / 2 - threshold * identity, 1e-3 * threshold)
     return scale * matmul(w - threshold * q, (identity + sign) / 2)
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxreg.penalties._arithmetic import of_rank
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -21,7 +23,7 @@ def reference(
     check_activation(activation)
     z = jnp.matmul(x, w)
     if b is not None:
-        z = z + b
+        z = z + of_rank(z.ndim, b)
     if activation is None:
         return z
     a = activation(z)

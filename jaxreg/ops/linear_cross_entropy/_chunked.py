@@ -238,7 +238,7 @@ def _logits(
     settings: Settings, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
     logits = settings.product(hidden, weight, settings.wide)
-    return logits if bias is None else logits + bias.astype(settings.wide)
+    return logits if bias is None else logits + bias[None].astype(settings.wide)
 
 
 def _recompute(

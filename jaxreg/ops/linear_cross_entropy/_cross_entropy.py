@@ -38,7 +38,7 @@ class CrossEntropy:
 
         # Indices that do not come from the chunk would be an array of its size, which the
         # differentiation of a scan computes before it, and keeps.
-        words = jnp.arange(block) + 0 * labels[0]
+        words = jnp.arange(block)[None] + 0 * labels[:1]
         is_here = (labels >= 0) & (labels < block)
         # XLA for the CPU would write where(words == labels, shifted, 0) as an array.
         at_label = jnp.take_along_axis(logits, labels, axis=-1, mode="clip")

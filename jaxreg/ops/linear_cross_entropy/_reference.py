@@ -21,7 +21,7 @@ def of_logits(
         hidden.astype(settings.dtype), weight.astype(settings.dtype), settings.wide
     )
     if bias is not None:
-        logits += bias.astype(settings.wide)
+        logits += bias[None].astype(settings.wide)
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(settings.wide)
     logits = settings.function.cap(logits)
     smoothing = settings.function.label_smoothing

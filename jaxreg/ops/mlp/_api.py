@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxreg.ops import _dispatch
 from jaxreg.ops.dense import Activation, check, check_activation, layer_wins, reference
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._arithmetic import of_rank
 from jaxreg.terms import AxisName, Reduction, check_reduction, measure
 
 from ._mosaic_gpu import backward_wins, supports
@@ -98,7 +99,7 @@ def mlp(
     else:
         bias = jnp.zeros(w1.shape[1], x.dtype) if b1 is None else b1
         y, h, moments = layers(activation, asked_by, x, w1, bias, w2, penalty)
-        y = y if b2 is None else y + b2
+        y = y if b2 is None else y + of_rank(y.ndim, b2)
     measurement = measure(h, penalty, reduction, name="h", moments=moments)
     if axis_name is not None:
         measurement.require_adds_up("ops.mlp", "h")
