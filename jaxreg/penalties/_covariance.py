@@ -60,7 +60,8 @@ class Scatter(NamedTuple):
 
 def _of_mean(total: jax.Array, examples: jax.Array, gram: Gram) -> jax.Array:
     # The square of the total itself would overflow for many examples.
-    return gram((total / jnp.sqrt(jnp.maximum(examples, 1)))[None])
+    examples = jnp.maximum(examples, 1)
+    return examples * gram((total / examples)[None])
 
 
 def squares(x: jax.Array) -> jax.Array:
