@@ -65,7 +65,7 @@ def activity(
 
     Returns:
         An `Activity`: call it with a bound Linen `apply`, an NNX module, a bound method of one, or
-        any function that calls Linen modules.
+        any function that calls Linen modules; or a `functools.partial` of these.
 
     Raises:
         TypeError: for a rule's value that is neither a penalty nor None.
@@ -114,6 +114,8 @@ class Activity:
         transformation inside the model would drop; a TypeError for a Linen module in place of its
         `apply`.
         """
+        if isinstance(forward, functools.partial):
+            return functools.partial(self(forward.func), *forward.args, **forward.keywords)
         run: Callable[..., tuple[Any, Any]]
         if _nnx.module_of(forward) is not None:
             run = _nnx.run_module

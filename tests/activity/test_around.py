@@ -1,6 +1,7 @@
 """JAX's transformations around a forward pass, in Linen and in NNX; plain functions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -25,6 +26,20 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.sigmoid(nn.Dense(4, name="dense")(x)) ** 2
+
+
+def test_a_partial_forward_pass_is_that_of_what_it_is_of():
+    activity, variables = jr.activity({".": PENALTY}), {"params": {"dense": PARAMS}}
+    _, expected = activity(Linen().apply)(variables, X)
+    _, terms = activity(partial(Linen().apply, variables))(X)
+    chex.assert_trees_all_equal(terms.as_dict(), expected.as_dict())
+
+    class Model(nnx.Module):
+        def __call__(self, x, *, scale):
+            return scale * x
+
+    _, terms = jr.activity({".": jr.L2(1.0)}, reduction="sum")(partial(Model(), scale=2.0))(X)
+    np.testing.assert_allclose(terms["."], 4 * np.sum(X**2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["batch_mean", "mean", "token_mean"])
