@@ -32,6 +32,8 @@ class Measurement:
         count: what the reduction divides by, a scalar, or None where it does not divide.
         adds_up: whether the moments of parts of a batch add up to those of the whole.
         once: whether it is of a parameter, and so the same for every microbatch.
+        axes: how many axes the forward pass has stacked by itself; those of microbatches lie before
+            them.
     """
 
     penalty: Penalty
@@ -39,13 +41,19 @@ class Measurement:
     count: jax.Array | None
     adds_up: bool = dataclasses.field(metadata={"static": True})
     once: bool = dataclasses.field(default=False, metadata={"static": True})
+    axes: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it is stacked on."""
+        # The strength is a scalar and the first leaf.
+        return jnp.ndim(jax.tree.leaves(self.penalty)[0])
 
     @property
     def value(self) -> jax.Array:
         """The finished penalty, a scalar."""
         finish = _finish
-        # The strength is a scalar and the first leaf, so its axes are those of stacking.
-        for _ in range(jnp.ndim(jax.tree.leaves(self.penalty)[0])):
+        for _ in range(self.ndim):
             finish = jax.vmap(finish)
         value = finish(self)
         return jnp.sum(value) if value.ndim else value
@@ -237,6 +245,16 @@ class Terms(Mapping[str, jax.Array]):
 
     measurements: dict[str, tuple[Measurement, ...]]
 
+    @classmethod
+    def of(cls, measured: Mapping[str, tuple[Measurement, ...]]) -> "Terms":
+        """Return the terms of one forward pass, which is over."""
+        return cls(
+            {
+                path: tuple(dataclasses.replace(call, axes=call.ndim) for call in calls)
+                for path, calls in measured.items()
+            }
+        )
+
     @property
     def total(self) -> jax.Array:
         """The sum of all terms, a scalar; 0 where there are none."""
@@ -291,9 +309,9 @@ def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None
         The combined terms.
 
     Raises:
-        ValueError: for an empty sequence, or terms of different sites; for a penalty that does not
-            add up over the leading axis: `L1Inf` of groups, matrices, neighbours or groups of
-            tokens that reach over it.
+        ValueError: for an empty sequence, one `Terms` of a single batch, or terms of different
+            sites; for a penalty that does not add up over the leading axis: `L1Inf` of groups,
+            matrices, neighbours or groups of tokens that reach over it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -319,7 +337,7 @@ def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None
         stacked: Terms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *terms)
     else:
         stacked = terms
-        if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(stacked)):
+        if any(call.ndim <= call.axes for calls in stacked.measurements.values() for call in calls):
             raise ValueError(
                 "`jaxreg.combine` takes a sequence of `Terms`, or one with a leading axis of"
                 " microbatches; got one of a single batch."

@@ -133,7 +133,7 @@ class Activity:
         def penalized(*args: Any, **kwargs: Any) -> tuple[Any, Terms]:
             new_pass = functools.partial(Pass, self._key, self.rules, self.reduction, self.mask)
             out, measured = run(forward, new_pass, args, kwargs)
-            return out, Terms(measured)
+            return out, Terms.of(measured)
 
         return penalized
 

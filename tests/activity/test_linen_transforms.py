@@ -595,6 +595,21 @@ def test_what_cannot_carry_a_term_says_which_argument_mends_it(name):
         total(Inline(REFUSED[name]), {"blocks/dense": jr.L2(1.0), "blocks": jr.L1(1.0)})
 
 
+@pytest.mark.parametrize("axes", [{"params": 0}, CARRY], ids=["beside", "sown"])
+def test_layers_are_no_microbatches(axes):
+    """The axis of a scan over layers must not be taken for that of a scan over microbatches."""
+    model = Lifted(scan(axes=axes))
+    variables = model.init(KEY, X)
+    forward = jr.activity({"blocks/dense": jr.L2(1.0)})(model.apply)
+    _, terms = forward(variables, X)
+    with pytest.raises(ValueError, match="got one of a single batch"):
+        jr.combine(terms)
+    _, stacked = jax.lax.scan(lambda _, x: (None, forward(variables, x)[1]), None, X[:, None])
+    np.testing.assert_allclose(jr.combine(stacked).total, terms.total, rtol=1e-5)
+    parts = [forward(variables, x)[1] for x in (X[:1], X[1:])]
+    np.testing.assert_allclose(jr.combine(parts).total, terms.total, rtol=1e-5)
+
+
 def test_a_term_that_a_scan_does_not_stack_is_an_error():
     """It is the same in each turn, so that Flax itself has no objection."""
 
