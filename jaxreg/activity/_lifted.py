@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.penalties import Penalty
+from jaxreg.rules import TOP
 from jaxreg.terms import varying_axes
 
 from ._pass import Measured, Parameter, Pass, join, merge, trace
@@ -363,9 +364,9 @@ def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
     for old, calls in measured.items():
         new = old
         if traced != path:
-            below = old == traced or old.startswith(f"{traced}/")
-            new = path + old.removeprefix(traced) if below else old
-            if not below or run.rules.find(old) != run.rules.find(new):
+            inside = _seen_from(traced, old)
+            new = old if inside is None else run.at(path, inside)
+            if inside is None or run.rules.find(old) != run.rules.find(new):
                 raise ValueError(
                     f'{_cannot({new: calls})} out of the `nn.jit` of "{path}": that runs the trace'
                     f' that was made for "{traced}", a module of equal fields, and the rules for'
@@ -374,6 +375,14 @@ def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
         run.seen[new] = None
         moved[new] = calls
     return only_measured(moved)
+
+
+def _seen_from(module: str, path: str) -> str | None:
+    """Return a path as it is seen from a module's; None if it does not lie in the module."""
+    if path == module:
+        return TOP
+    start = "" if module == TOP else f"{module}/"
+    return path.removeprefix(start) if path.startswith(start) else None
 
 
 def only_measured(measured: Measured) -> Measured:

@@ -78,6 +78,25 @@ def test_another_models_trace():
         assert terms.keys() == {name, f"{name}/code"}
 
 
+def test_a_models_trace_as_a_part_of_another_and_the_other_way_round():
+    class One(nn.Module):
+        block: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return self.block(name="inner")(x)
+
+    for first in (True, False):
+        block = nn.jit(type("Own", (Block,), {}))
+        models = [block(), One(block)]
+        for model in models if first else models[::-1]:
+            variables = model.init(KEY, X)
+            _, terms = jr.activity({"**": L1})(model.apply)(variables, X)
+            names = {"", "dense", "code"}
+            paths = {f"inner/{n}".removesuffix("/") for n in names} if model is models[1] else names
+            assert {path.removeprefix(".") for path in terms} == paths | {""}
+
+
 def test_parameters_of_two_layers_of_one_trace_both_count():
     layer = nn.jit(jr.linen.Dense)
 
