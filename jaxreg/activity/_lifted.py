@@ -263,7 +263,7 @@ class Calls:
             calls, slots = list(measured.get(path, ())), known.get(path, ())
             filled[path] = (*[_take(calls, slot) for slot in slots], *calls)
             penalties = run.remembered.penalized.get(path, {}) | run.penalized.get(path, {})
-            known[path] = (*slots, *[_placeholder(penalties, call) for call in calls])
+            known[path] = (*slots, *[_placeholder(path, penalties, call) for call in calls])
             self._grown = self._grown or bool(calls)
         return filled
 
@@ -390,20 +390,26 @@ def only_measured(measured: Measured) -> Measured:
     return {path: calls for path, calls in measured.items() if calls}
 
 
-def _placeholder(penalties: Mapping[Any, Penalty], measured: Any) -> tuple[Any, tuple[int, ...]]:
+def _placeholder(
+    path: str, penalties: Mapping[Any, Penalty], measured: Any
+) -> tuple[Any, tuple[int, ...]]:
     """Return the types of a measurement, and the axes that scans in the branch have stacked.
 
     Without what belongs to the trace that it was made in.
     """
+    bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
+    by_structure = {jax.tree.structure(p): p for p in (*bare, *penalties.values())}
+    penalty = by_structure.get(jax.tree.structure(measured.penalty))
+    if penalty is None:
+        raise ValueError(
+            f"{_cannot({path: measured})} out of an `nn.jit` in a branch, of which JAX runs an old"
+            " trace: its penalty holds an array. Leave `nn.jit` out."
+        )
     if isinstance(measured, Parameter):
-        penalty = penalties[jax.tree.structure(measured.penalty)]
         slot = dataclasses.replace(measured, penalty=penalty)
         pairs = zip(*map(jax.tree.leaves, (measured, slot)), strict=True)
         return slot, next((x.shape[: x.ndim - bare.ndim] for x, bare in pairs), ())
     moments, count = jax.tree.map(jax.typeof, (measured.moments, measured.count))
-    bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
-    by_structure = {jax.tree.structure(penalty): penalty for penalty in bare}
-    penalty = by_structure[jax.tree.structure(measured.penalty)]
     stacked = jnp.shape(jax.tree.leaves(measured.penalty)[0])
     return dataclasses.replace(measured, penalty=penalty, moments=moments, count=count), stacked
 

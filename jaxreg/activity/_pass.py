@@ -134,7 +134,8 @@ class Pass:
     def keep(self, module: Any, path: str, penalty: Penalty, *calls: Any) -> None:
         """Carry what was measured by a penalty at a path."""
         self.penalized.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
-        if not any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(penalty)):
+        # Arrays would live on.
+        if not any(isinstance(s, jax.Array | np.ndarray) for s in jax.tree.leaves(penalty)):
             known = self.remembered.penalized
             known.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         self.carry(module, {path: calls})
@@ -203,7 +204,8 @@ class Remembered:
 
     Args:
         seen: the paths of sown values.
-        penalized: the penalties of each path that was measured, by their structure.
+        penalized: the penalties of each path that was measured, by their structure, if they hold no
+            arrays.
     """
 
     seen: dict[str, None] = dataclasses.field(default_factory=dict)

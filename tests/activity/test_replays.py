@@ -151,6 +151,25 @@ def test_jitted_modules_in_branches():
         assert terms[other] == 0
 
 
+def test_an_array_in_a_jitted_branch_is_an_error_when_its_trace_runs_again():
+    strength, jitted = jnp.float32(0.5), nn.jit(type("Own", (Block,), {}))
+    activity = jr.activity({"a": jr.L1(strength), "a/**": None})
+
+    class Branches(nn.Module):
+        def setup(self):
+            self.a = jitted()
+
+        def __call__(self, x):
+            if self.is_initializing():
+                return self.a(x)
+            return nn.cond(x.sum() > 0, lambda m, x: m.a(x), lambda m, x: x, self, x)
+
+    variables = Branches().init(KEY, X)
+    activity(Branches().apply)(variables, jnp.abs(X))
+    with pytest.raises(ValueError, match=r'term "a" out of an `nn\.jit` in a branch'):
+        activity(Branches().apply)(variables, jnp.abs(X))
+
+
 class Layer(nnx.Module):
     def __init__(self):
         self.dense = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
