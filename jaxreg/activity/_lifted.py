@@ -262,7 +262,7 @@ class Calls:
         for path in {**known, **measured}:
             calls, slots = list(measured.get(path, ())), known.get(path, ())
             filled[path] = (*[_take(calls, slot) for slot in slots], *calls)
-            penalties = run.remembered.penalized.get(path, {}) | run.penalized.get(path, {})
+            penalties = run.known.get(path, {}) | run.penalized.get(path, {})
             known[path] = (*slots, *[_placeholder(path, penalties, call) for call in calls])
             self._grown = self._grown or bool(calls)
         return filled
@@ -367,10 +367,13 @@ def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
             inside = _seen_from(traced, old)
             new = old if inside is None else run.at(path, inside)
             if inside is None or run.rules.find(old) != run.rules.find(new):
+                why = (
+                    "it measures another module" if inside is None else "the rules for them differ"
+                )
                 raise ValueError(
                     f'{_cannot({new: calls})} out of the `nn.jit` of "{path}": that runs the trace'
-                    f' that was made for "{traced}", a module of equal fields, and the rules for'
-                    " them differ. Leave `nn.jit` out, or give the modules a field that differs."
+                    f' that was made for "{traced}", a module of equal fields, and {why}. Leave'
+                    " `nn.jit` out, or give the modules a field that differs."
                 )
         run.seen[new] = None
         moved[new] = calls
@@ -397,6 +400,8 @@ def _placeholder(
 
     Without what belongs to the trace that it was made in.
     """
+    if isinstance(measured, Parameter) and not jax.tree.leaves(measured):
+        return measured, ()
     bare = [penalty.with_arrays(lambda _: None) for penalty in penalties.values()]
     by_structure = {jax.tree.structure(p): p for p in (*bare, *penalties.values())}
     penalty = by_structure.get(jax.tree.structure(measured.penalty))

@@ -13,7 +13,7 @@ from flax.nnx import bridge
 from jaxreg.terms import measure_parameter
 
 from ._linen import run_inside
-from ._pass import Measured, Pass, current, failed, join, merge, trace, under_way
+from ._pass import Measured, Pass, current, failed, found_before, join, merge, trace, under_way
 
 Path = tuple[Any, ...]
 
@@ -69,13 +69,14 @@ def run_module(
                 measured = merge(measured, node._jaxreg_terms.get_value())
         carried.require(measured)
     except Exception as error:
-        failed()
+        if carried.notes:
+            failed()
         if "_jaxreg_terms" in str(error):
             raise ValueError(_refused(carried.notes)) from error
         raise
-    replayed = run.remembered.seen
-    replayed.update(dict.fromkeys(carried.exempt))
-    run.seen = {**run.seen, **replayed}
+    exempt = found_before("exempt", run.key, *((path, type(node)) for path, node in copies))
+    exempt.update(dict.fromkeys(carried.exempt))
+    run.seen = {**run.seen, **exempt}
     # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.
     for _, node in copies:
         for name, value in vars(node).items():

@@ -136,14 +136,13 @@ class Pass:
         self.penalized.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         # Arrays would live on.
         if not any(isinstance(s, jax.Array | np.ndarray) for s in jax.tree.leaves(penalty)):
-            known = self.remembered.penalized
-            known.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
+            self.known.setdefault(path, {})[jax.tree.structure(penalty)] = penalty
         self.carry(module, {path: calls})
 
     @functools.cached_property
-    def remembered(self) -> "Remembered":
-        """What passes of this key found in jitted functions while those were traced."""
-        return _remembered(self.key)
+    def known(self) -> dict[str, dict[Any, Penalty]]:
+        """The penalties, if they hold no arrays, of passes of this key, as in `penalized`."""
+        return found_before("penalized", self.key)
 
     def finish(self, measured: Measured) -> Measured:
         """Return what came out of the pass, or raise a ValueError if a rule won nothing in it.
@@ -198,24 +197,14 @@ def failed() -> None:
     _failures.seen += 1
 
 
-@dataclasses.dataclass
-class Remembered:
-    """What a pass finds in jitted functions while they are traced, for those that replay them.
+@functools.lru_cache(maxsize=4096)
+def found_before(*key: Hashable) -> dict[str, Any]:
+    """Return what passes of this key found, by path, in jitted functions when those were traced.
 
-    Args:
-        seen: the paths of sown values.
-        penalized: the penalties of each path that was measured, by their structure, if they hold no
-            arrays.
+    To be added to: a pass in which JAX runs such a trace again does not find it.
     """
-
-    seen: dict[str, None] = dataclasses.field(default_factory=dict)
-    penalized: dict[str, dict[Any, Penalty]] = dataclasses.field(default_factory=dict)
-
-
-@functools.lru_cache(maxsize=1024)
-def _remembered(key: Hashable) -> Remembered:
     del key
-    return Remembered()
+    return {}
 
 
 def trace() -> Any:

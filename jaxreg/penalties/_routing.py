@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._base import Statistic
 from ._fields import static
+from ._norm_constraints import _scaled
 
 Scores = Literal["softmax", "sigmoid"]
 
@@ -52,8 +53,7 @@ class ImportanceCV(Statistic):
         unused = jnp.all(means == 0)
         # Their scale counts for nothing, and would underflow in the square of the mean, which the
         # derivative divides by.
-        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(means), initial=0))
-        means /= jnp.where(unused, 1, scale)
+        _, means = _scaled(means, (0,))
         relative = means / jnp.where(unused, 1, jnp.sum(means) / experts)
         return jnp.where(unused, 0, jnp.sum(jnp.square(relative - 1)) / experts)
 

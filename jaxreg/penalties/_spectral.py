@@ -369,9 +369,9 @@ def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax
         return _through(_soft, w, threshold)
     if w.shape[-2] < w.shape[-1]:
         return _soft_thresholded(method, w.mT, threshold).mT
-    # Fourth powers must not overflow. No σ_1 is then above the number of entries.
+    # Fourth powers must not overflow. No entry is then above 4, and no σ_1 above 4 m n.
     scale, w = _scaled(w, (1, 2))
-    threshold = jnp.minimum(threshold / scale, w.shape[-2] * w.shape[-1])
+    threshold = jnp.minimum(threshold / scale, 4 * w.shape[-2] * w.shape[-1])
     # With W = QH, H positive semidefinite: U (Σ − τ)₊ Vᵀ = ½ Q (H − τ) (1 + sign(H − τ)). Where a
     # singular value is below τ, Q need not be accurate: that is where the last factor is 0.
     q = _polar(w, threshold)

@@ -170,6 +170,28 @@ def test_an_array_in_a_jitted_branch_is_an_error_when_its_trace_runs_again():
         activity(Branches().apply)(variables, jnp.abs(X))
 
 
+def test_layers_of_other_strengths_in_jitted_branches():
+    layer = nn.jit(jr.linen.Dense)
+
+    class Branches(nn.Module):
+        strength: float
+
+        @nn.compact
+        def __call__(self, x):
+            dense = layer(5, kernel_regularizer=jr.L2(self.strength), name="dense")
+            if self.is_initializing():
+                return dense(x)
+            return nn.cond(True, lambda m, x: m(x).sum(), lambda m, x: x.sum(), dense, x)
+
+    activity = jr.activity({})
+    for strength in (0.1, 0.2, 0.1, 0.2):
+        model = Branches(strength)
+        variables = model.init(KEY, X)
+        _, terms = activity(model.apply)(variables, X)
+        expected = strength * jnp.sum(variables["params"]["dense"]["kernel"] ** 2)
+        np.testing.assert_allclose(terms["dense/kernel"], expected, rtol=1e-6)
+
+
 class Layer(nnx.Module):
     def __init__(self):
         self.dense = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
@@ -193,6 +215,24 @@ def test_a_value_that_a_rule_exempts_in_nnx_is_met_again():
     for _ in range(2):
         y, terms = forward(X)
         np.testing.assert_allclose(terms["layer"], jnp.abs(y).sum() / 4, rtol=1e-6)
+
+
+def test_an_exemption_is_not_that_of_another_model():
+    class Other(Layer):
+        @nnx.jit
+        def __call__(self, x):
+            return jr.sow(self, "other", self.dense(x), L1)
+
+    class Own(Other):
+        @nnx.jit
+        def __call__(self, x):
+            return jr.sow(self, "code", self.dense(x), L1)
+
+    activity = jr.activity({"code": None, "dense": L1})
+    activity(Own())(X)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'rule "code" wins none'):
+            activity(Other())(X)
 
 
 def test_a_term_that_is_lost_in_nnx_is_an_error_each_time():

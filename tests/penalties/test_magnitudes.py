@@ -30,6 +30,12 @@ def test_penalties_that_know_no_scale_have_a_gradient_at_each(name, scale):
     np.testing.assert_allclose(gradient * scale, expected, rtol=1e-4, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("name", ["Orthogonal", "ImportanceCV"])
+def test_the_value_of_the_largest_entries(name):
+    penalty = SCALELESS[name]
+    np.testing.assert_allclose(penalty(X[:1] * 3e38), penalty(X[:1]), rtol=1e-5)
+
+
 def test_one_small_column_has_a_finite_gradient():
     kernel = X * np.array([1, 1e-25, 1, 1], np.float32)
     gradient = jr.Orthogonal(1.0).gradient(kernel)

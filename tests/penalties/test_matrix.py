@@ -180,6 +180,11 @@ def test_polar_prox_of_any_magnitude(scale, step):
     )
 
 
+def test_polar_prox_of_the_largest_entries():
+    prox = jr.Nuclear(1.0, method="polar").prox
+    np.testing.assert_allclose(prox(jnp.array([[3e38]]), 2e38), [[1e38]], rtol=1e-4)
+
+
 def test_polar_prox_of_zeros_has_the_derivative_of_the_exact_one():
     exact, polar = jr.Nuclear(1.0), jr.Nuclear(1.0, method="polar")
     np.testing.assert_array_equal(polar.prox(jnp.zeros((3, 2)), 1.0), np.zeros((3, 2)))
