@@ -214,12 +214,11 @@ def _counted(array: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def _of_rank(array: ArrayLike, like: jax.Array) -> jax.Array:
-    """Return an array that broadcasts to another in its dtype and rank; of rank 0 as it is."""
-    array = jnp.asarray(array, like.dtype)
-    return of_rank(like.ndim, array) if array.ndim else array
+    """Return an array that broadcasts to another, in its dtype and rank."""
+    return of_rank(like.ndim, jnp.asarray(array, like.dtype))
 
 
 def _last_axis_as(x: jax.Array, reference: ArrayLike, where: jax.Array | None) -> jax.Array:
     """Return the reference in the dtype of `x`, with a last axis of the same size."""
-    reference = _counted(of_rank(x.ndim, jnp.asarray(reference, x.dtype)), where)
+    reference = _counted(_of_rank(reference, x), where)
     return jnp.broadcast_to(reference, (*reference.shape[:-1], x.shape[-1]))
