@@ -434,8 +434,8 @@ def _between_traces(measured: Measured, *, lone: bool) -> str:
     if lone:
         return (
             f'`jaxreg.activity` cannot take the term "{next(iter(measured))}" out of the'
-            " transformation around it. Give it the module's own `apply`, inside the"
-            " transformation: `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
+            " transformation around it. Give it the module's own `apply`, or the NNX module, inside"
+            " the transformation: `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
         )
     return (
         f"{_cannot(measured)} out of the transformation around it. Use Flax's lifted"

@@ -149,6 +149,13 @@ class Pass:
 
         Rules are of activations: none wins a parameter.
         """
+        if self.rules.strict and self.rules.patterns and not (self.seen or self.initializing):
+            raise ValueError(
+                "`jaxreg.activity` met no module in this forward pass. It sees the Linen modules"
+                " that run inside it, and an NNX module that it is given itself, or by a bound"
+                " method, with `nnx.jit` around the whole:"
+                " `nnx.jit(lambda model, x: jaxreg.activity(rules)(model)(x))`."
+            )
         if self.seen or not self.initializing:
             values = [p for p, calls in measured.items() if not isinstance(calls[0], Parameter)]
             exempt = [path for path in self.seen if self.penalty(path) is None]

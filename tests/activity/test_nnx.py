@@ -337,6 +337,19 @@ def test_a_rule_that_wins_nothing_names_what_is_near(model, rules, message):
         jr.activity(rules)(model)(X)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [lambda model, x: model(x), nnx.jit(lambda model, x: model(x))],
+    ids=["function", "jitted"],
+)
+def test_a_function_that_calls_an_nnx_module_is_told_to_give_the_module(forward):
+    layer = nnx.Linear(X.shape[-1], 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"met no module .* NNX module that it is given itself"):
+        jr.activity({".": jr.L1(1.0)})(forward)(layer, X)
+    _, terms = jr.activity({".": jr.L1(1.0)}, strict=False)(forward)(layer, X)
+    assert not terms
+
+
 def test_changing_a_strength_does_not_recompile(model):
     @nnx.jit
     @chex.assert_max_traces(n=1)
