@@ -20,7 +20,7 @@ class ActivityRegularization(nn.Module):
     under the layer's path and `output`.
 
     Args:
-        penalty: the penalty of the output.
+        penalty: the penalty of the output; with None, only a rule gives it one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -32,7 +32,7 @@ class ActivityRegularization(nn.Module):
         {'layers_1/output': 0.3}
     """
 
-    penalty: Penalty
+    penalty: Penalty | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""

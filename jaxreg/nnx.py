@@ -23,7 +23,7 @@ class ActivityRegularization(nnx.Module):
     under the layer's path and `output`.
 
     Args:
-        penalty: the penalty of the output.
+        penalty: the penalty of the output; with None, only a rule gives it one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -35,14 +35,14 @@ class ActivityRegularization(nnx.Module):
         {'layers/1/output': 0.3}
     """
 
-    def __init__(self, penalty: Penalty):
+    def __init__(self, penalty: Penalty | None):
         self.penalty = _held(penalty, "ActivityRegularization(penalty=...)")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x`, of any shape."""
         return sow(self, "output", x, self.penalty)
 
-    def _jaxreg_output_penalty(self) -> Penalty:
+    def _jaxreg_output_penalty(self) -> Penalty | None:
         return self.penalty  # type: ignore[no-any-return]
 
 

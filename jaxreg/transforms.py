@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Constraint
-from jaxreg.penalties._checks import require
+from jaxreg.penalties._checks import require, require_integer
 
 
 class CountState(NamedTuple):
@@ -236,10 +236,7 @@ def record_penalty(reg: Kernel, every: int = 1) -> optax.GradientTransformation:
         5.0
     """
     require_kernel("record_penalty", reg)
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(
-            f"`jaxreg.record_penalty(every=...)` must be a positive integer; got {every!r}."
-        )
+    require_integer("record_penalty(every=...)", every, least=1)
 
     def evaluate(params: Any) -> tuple[jax.Array, dict[str, jax.Array] | jax.Array]:
         values = reg.values(params)

@@ -93,9 +93,10 @@ def activity(
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activity:
-    """A transformation of a forward pass; made by `jaxreg.activity`.
+    """A transformation of a forward pass; made by `jaxreg.activity`. A pytree.
 
     Args:
         rules: the rules, whose values are penalties or None.
@@ -104,7 +105,7 @@ class Activity:
     """
 
     rules: Rules
-    reduction: Reduction
+    reduction: Reduction = dataclasses.field(metadata={"static": True})
     mask: ArrayLike | None
 
     def __call__(self, forward: Callable[..., Any]) -> Callable[..., tuple[Any, Terms]]:
@@ -192,7 +193,7 @@ def penalize(
     return measured.value
 
 
-def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty) -> Value:
+def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty | None) -> Value:
     """Penalize a value inside a module, and return it.
 
     For a value that is no module's output. Its path is the module's and the name
@@ -201,15 +202,18 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
 
     Args:
         module: the module that is running: `self`.
-        name: a name for the value.
+        name: a name for the value, which no submodule has.
         value: an array, or a pytree of which each floating-point leaf counts.
-        penalty: the penalty.
+        penalty: the penalty, or None where a rule alone may give one.
 
     Returns:
         `value`.
 
     Raises:
-        ValueError: where a transformation around the module would drop the term.
+        TypeError: for a penalty that is neither, and a penalized value without a floating-point
+            leaf.
+        ValueError: for the name of a submodule, and where a transformation around the module would
+            drop the term.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -224,11 +228,16 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
         >>> list(terms)
         ['code']
     """
-    if not isinstance(penalty, Penalty):
-        raise TypeError(f"`jaxreg.sow` takes a Penalty; got {penalty!r} for {name!r}.")
+    if not isinstance(penalty, Penalty | None):
+        raise TypeError(f"`jaxreg.sow` takes a Penalty or None; got {penalty!r} for {name!r}.")
     found = site(module, name)
     if found is not None:
         run, path = found
+        if path in run.modules:
+            raise ValueError(
+                f'`jaxreg.sow` cannot name a value as a module is named: "{path}" is one. A rule'
+                " could not tell them apart. Give the value another name."
+            )
         run.record(module, path, value, penalty)
     return value
 

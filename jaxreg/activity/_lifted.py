@@ -374,7 +374,7 @@ def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
                     f' that was made for "{traced}", a module of equal fields, and {why}. Leave'
                     " `nn.jit` out, or give the modules a field that differs."
                 )
-        run.seen[new] = None
+        run.values[new] = None
         moved[new] = calls
     return only_measured(moved)
 

@@ -66,8 +66,8 @@ def run_function(
 def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[Any, Measured]:
     """Run a function that calls Linen modules inside another pass, their paths below a prefix."""
     new_pass = partial(dataclasses.replace, outer, prefix=prefix)
-    inner, measured, out = _run(forward, new_pass, outer.seen, collects=False)
-    outer.seen.update(inner.seen)
+    inner, measured, out = _run(forward, new_pass, outer.modules, collects=False)
+    outer.modules.update(inner.modules)
     _require_no_parameters(measured)
     return out, measured
 
@@ -75,7 +75,7 @@ def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[An
 def _run(
     forward: Callable[[], Any],
     new_pass: Callable[..., Pass],
-    seen: dict[str, None],
+    modules: dict[str, None],
     *,
     collects: bool,
     keeps: bool = True,
@@ -85,13 +85,13 @@ def _run(
     Args:
         forward: the forward pass.
         new_pass: returns what its modules consult.
-        seen: the paths of the modules that are known before.
+        modules: the paths of the modules that are known before.
         collects: see `Calls`.
         keeps: whether anyone asked for what the modules sow of their own.
     """
     calls = Calls(collects=collects)
     while True:
-        run = new_pass(carry=calls.carry, seen=dict(seen))
+        run = new_pass(carry=calls.carry, modules=dict(modules))
         # A jitted module lets terms out in another way.
         run.key = (run.key, collects)
         try:
@@ -135,7 +135,9 @@ def _intercept(
         with _watched(run, module, keeps or not entered.lifts):
             out = call(*args, **kwargs)
         if is_call:
-            run.record(module, run.at(*module.path), out)
+            path = run.at(*module.path)
+            run.modules[path] = None
+            run.record(module, path, out)
     return calls.leave(run, entered, out)
 
 

@@ -78,7 +78,8 @@ class Pass:
         reduction: how separable penalties are divided.
         mask: None, or which tokens count.
         carry: called with a module and what was measured in it: nothing, for a path that is exempt.
-        seen: the paths of the modules and values met, in order, to which more are added.
+        modules: the paths of the modules that are known, or were met.
+        values: the paths of all that was met, in order.
         initializing: whether a module was met that was being initialized: those collect nothing.
         penalized: the penalties of each path that was measured, by their structure.
         prefix: the path of the module that all paths are below.
@@ -89,7 +90,8 @@ class Pass:
     reduction: Reduction
     mask: ArrayLike | None
     carry: Callable[[Any, Measured], None]
-    seen: dict[str, None] = dataclasses.field(default_factory=dict)
+    modules: dict[str, None] = dataclasses.field(default_factory=dict)
+    values: dict[str, None] = dataclasses.field(default_factory=dict)
     initializing: bool = False
     penalized: dict[str, dict[Any, Penalty]] = dataclasses.field(default_factory=dict)
     prefix: str = TOP
@@ -105,7 +107,7 @@ class Pass:
 
     def meet(self, module: Any, path: str, default: Penalty | None = None) -> Penalty | None:
         """Note that there is a value at this path, and return its penalty."""
-        self.seen[path] = None
+        self.values[path] = None
         penalty = self.penalty(path, default)
         if penalty is None:
             self.carry(module, {path: ()})
@@ -149,19 +151,20 @@ class Pass:
 
         Rules are of activations: none wins a parameter.
         """
-        if self.rules.strict and self.rules.patterns and not (self.seen or self.initializing):
+        seen = {**self.modules, **self.values}
+        if self.rules.strict and self.rules.patterns and not (seen or self.initializing):
             raise ValueError(
                 "`jaxreg.activity` met no module in this forward pass. It sees the Linen modules"
                 " that run inside it, and an NNX module that it is given itself, or by a bound"
                 " method, with `nnx.jit` around the whole:"
                 " `nnx.jit(lambda model, x: jaxreg.activity(rules)(model)(x))`."
             )
-        if self.seen or not self.initializing:
+        if seen or not self.initializing:
             values = [p for p, calls in measured.items() if not isinstance(calls[0], Parameter)]
-            exempt = [path for path in self.seen if self.penalty(path) is None]
+            exempt = [path for path in seen if self.penalty(path) is None]
             self.rules.require_wins(
                 winners={self.rules.find(path) for path in [*values, *exempt]},
-                paths=self.seen,
+                paths=seen,
                 what="modules and sown values of the forward pass",
                 otherwise="which no `__call__` and no `sow` gave a value in this pass",
             )

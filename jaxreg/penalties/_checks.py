@@ -1,5 +1,6 @@
 """What the settings of a penalty must satisfy, as far as they are concrete."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,17 @@ def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]
         valid = array.shape == () and real and holds(float(array))
     if not valid:
         raise ValueError(f"`jaxreg.{argument}` must be {what}; got {value!r}.")
+
+
+def require_integer(argument: str, value: Any, *, least: int) -> None:
+    """Raise unless the value is an integer, of Python's or NumPy's, and no less than this."""
+    try:
+        valid = not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        valid = False
+    if not valid:
+        kind = "a positive integer" if least == 1 else "a non-negative integer"
+        raise ValueError(f"`jaxreg.{argument}` must be {kind}; got {value!r}.")
 
 
 def require_real(function: str, argument: str, value: ArrayLike) -> jax.Array:

@@ -1,7 +1,6 @@
 """Constraints on entries and on whole arrays: sets that parameters are projected onto."""
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from jax.typing import ArrayLike
 from ._arithmetic import of_rank
 from ._axes import check_axes, vector_axes
 from ._base import Constraint
-from ._checks import check_broadcasts, require_order
+from ._checks import check_broadcasts, require_integer, require_order
 from ._fields import array, positive, static
 from ._norm_constraints import onto_ball, polar
 
@@ -314,9 +313,7 @@ class SparseTopK(Constraint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        k: Any = self.k
-        if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
-            raise ValueError(f"`jaxreg.SparseTopK(k=...)` must be a positive int; got {k!r}.")
+        require_integer("SparseTopK(k=...)", self.k, least=1)
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)

@@ -15,8 +15,8 @@ from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import positive
 
-Gram = Callable[[jax.Array], jax.Array]
-"""From an array (..., features) to sums over examples of products of features."""
+Gram = Callable[[jax.Array, jax.Array], jax.Array]
+"""From two arrays (..., features) to sums over examples of products of features."""
 
 
 class Scatter(NamedTuple):
@@ -50,7 +50,7 @@ class Scatter(NamedTuple):
         centered = x - of_rank(x.ndim, total / jnp.maximum(examples, 1))
         if where is not None:
             centered = jnp.where(where, centered, 0)
-        return cls(examples, total, gram(centered), _of_mean(total, examples, gram))
+        return cls(examples, total, gram(centered, centered), _of_mean(total, examples, gram))
 
     def combined(self, gram: Gram) -> jax.Array:
         """Return Σ (x − μ)(x − μ)ᵀ for μ the mean of all examples."""
@@ -59,21 +59,22 @@ class Scatter(NamedTuple):
 
 
 def _of_mean(total: jax.Array, examples: jax.Array, gram: Gram) -> jax.Array:
-    # The square of the total itself would overflow for many examples.
-    examples = jnp.maximum(examples, 1)
-    return examples * gram((total / examples)[None])
+    # The square of the total would overflow for many examples, and the derivative of n times that
+    # of the mean for small entries.
+    mean = total / jnp.maximum(examples, 1)
+    return gram(total[None], mean[None])
 
 
-def squares(x: jax.Array) -> jax.Array:
-    """Return Σ x_j² for each feature j."""
-    return jnp.sum(jnp.square(x), axis=tuple(range(x.ndim - 1)))
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return Σ x_j y_j for each feature j."""
+    return jnp.sum(x * y, axis=tuple(range(x.ndim - 1)))
 
 
-def products(x: jax.Array) -> jax.Array:
-    """Return Σ x_i x_j for each pair of features."""
+def outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return Σ x_i y_j for each pair of features."""
     axes = tuple(range(x.ndim - 1))
     # An accelerator multiplies float32 in fewer bits by default.
-    return jnp.tensordot(x, x, (axes, axes), precision="highest")
+    return jnp.tensordot(x, y, (axes, axes), precision="highest")
 
 
 class OfScatter(Penalty):
@@ -82,7 +83,7 @@ class OfScatter(Penalty):
     strength: ArrayLike
 
     @abc.abstractmethod
-    def gram(self, x: jax.Array) -> jax.Array:
+    def gram(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Return the products of features that are needed, summed over examples."""
 
     @abc.abstractmethod
@@ -133,8 +134,8 @@ class Decorrelation(OfScatter):
         decorrelating representations, ICLR, arXiv:1511.06068, 2016.
     """
 
-    def gram(self, x: jax.Array) -> jax.Array:
-        return products(x)
+    def gram(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return outer(x, y)
 
     def of_scatter(self, scatter: jax.Array, examples: jax.Array) -> jax.Array:
         different = 1 - jnp.eye(len(scatter), dtype=scatter.dtype)
@@ -180,8 +181,8 @@ class VarianceHinge(OfScatter):
     target: ArrayLike = positive(default=1.0)
     epsilon: ArrayLike = positive(default=1e-4)
 
-    def gram(self, x: jax.Array) -> jax.Array:
-        return squares(x)
+    def gram(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return inner(x, y)
 
     def of_scatter(self, scatter: jax.Array, examples: jax.Array) -> jax.Array:
         target, epsilon = (jnp.asarray(s, scatter.dtype) for s in (self.target, self.epsilon))

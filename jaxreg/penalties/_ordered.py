@@ -1,6 +1,5 @@
 """Penalties of arrays whose entries have an order: they compare neighbours."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
 from typing import ClassVar
@@ -12,6 +11,7 @@ from jax.typing import ArrayLike
 from ._arithmetic import modulus
 from ._axes import check_axes, vector_axes
 from ._base import Penalty
+from ._checks import require_integer
 from ._explicit import partitioned
 from ._fields import static
 from ._group import _root
@@ -239,15 +239,7 @@ class TrendFiltering(Ordered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            valid = operator.index(self.order) >= 0
-        except TypeError:
-            valid = False
-        if not valid:
-            raise ValueError(
-                "`jaxreg.TrendFiltering(order=...)` must be a non-negative integer; got"
-                f" {self.order!r}."
-            )
+        require_integer("TrendFiltering(order=...)", self.order, least=0)
 
     @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:

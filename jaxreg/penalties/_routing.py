@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._base import Statistic
+from ._checks import require_integer
 from ._fields import static
 from ._norm_constraints import _scaled
 
@@ -258,7 +259,7 @@ class TopKLoadBalance(LoadBalance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_count(self, self.k)
+        require_integer(f"{type(self).__name__}(k=...)", self.k, least=1)
 
     def convention(self, experts: int) -> tuple[int, float]:
         return self.k, experts
@@ -312,7 +313,7 @@ class DeepSeekLoadBalance(LoadBalance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_count(self, self.k)
+        require_integer(f"{type(self).__name__}(k=...)", self.k, least=1)
         if self.scores not in get_args(Scores):
             known = " or ".join(map(repr, get_args(Scores)))
             raise ValueError(
@@ -326,10 +327,3 @@ class DeepSeekLoadBalance(LoadBalance):
         # Sigmoids divided by their sum, also where they all underflow.
         sigmoid = self.scores == "sigmoid"
         return jax.nn.softmax(jax.nn.log_sigmoid(logits) if sigmoid else logits, axis=-1)
-
-
-def _require_count(penalty: LoadBalance, k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(
-            f"`jaxreg.{type(penalty).__name__}(k=...)` must be a positive integer; got {k!r}."
-        )

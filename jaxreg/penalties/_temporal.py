@@ -1,5 +1,6 @@
 """Penalties of activations of sequences: how large they are, and how fast they change."""
 
+import operator
 from dataclasses import KW_ONLY
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._base import Penalty, Statistic
-from ._covariance import Scatter, squares
+from ._covariance import Scatter, inner
 from ._explicit import partitioned
 from ._fields import static
 
@@ -63,7 +64,13 @@ class Temporal(Penalty):
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
-        if not -x.ndim <= self.axis < x.ndim or self.axis in (-1, x.ndim - 1):
+        try:
+            axis = operator.index(self.axis)
+        except TypeError:
+            raise TypeError(
+                f"`jaxreg.{type(self).__name__}(axis=...)` must be an integer; got {self.axis!r}."
+            ) from None
+        if not -x.ndim <= axis < x.ndim or axis in (-1, x.ndim - 1):
             raise ValueError(
                 f"`jaxreg.{type(self).__name__}(axis=...)` must name the axis of time of an array"
                 f" (..., time, ..., features), not the last one; got axis={self.axis} for"
@@ -82,7 +89,7 @@ class Temporal(Penalty):
         steps = jnp.moveaxis(counts, self.axis, 0)
         both = jnp.moveaxis(steps[1:] & steps[:-1], 0, self.axis)
         difference = jnp.where(both, jnp.diff(x, axis=self.axis), 0)
-        return squares(difference), jnp.sum(both, dtype=x.dtype)
+        return inner(difference, difference), jnp.sum(both, dtype=x.dtype)
 
 
 class TemporalDifference(Temporal):
@@ -167,19 +174,17 @@ class Slowness(Temporal):
     def moments(
         self, x: jax.Array, where: jax.Array | None = None
     ) -> tuple[Scatter, jax.Array, jax.Array]:
-        return Scatter.of(x, where, squares), *self.changes(x, where)
+        return Scatter.of(x, where, inner), *self.changes(x, where)
 
     def finish(
         self, moments: tuple[Scatter, jax.Array, jax.Array], count: jax.Array | None
     ) -> jax.Array:
         scatter, changes, pairs = moments
         # Rounding between microbatches may take it below the part within them, and below 0.
-        scattered = jnp.maximum(scatter.combined(squares), scatter.within)
-        variance = scattered / jnp.maximum(scatter.examples, 1)
-        still = changes == 0
-        # The derivative of a quotient by a square would overflow where entries are near 1e-10.
-        root = jnp.sqrt(jnp.where(still, 1, changes)) / jnp.sqrt(
-            jnp.where(still, 1, pairs * variance)
-        )
-        speed = jnp.where(still, 0, jnp.square(root))
+        scattered = jnp.maximum(scatter.combined(inner), scatter.within)
+        still = (changes == 0) | (scattered == 0)
+        # Not of the mean, which vanishes before the sum does. The derivative of a quotient by a
+        # square would overflow where entries are near 1e-10.
+        root = jnp.sqrt(jnp.where(still, 1, changes)) / jnp.sqrt(jnp.where(still, 1, scattered))
+        speed = jnp.where(still, 0, jnp.square(root)) * (scatter.examples / jnp.maximum(pairs, 1))
         return jnp.asarray(self.strength, speed.dtype) * jnp.sum(speed)

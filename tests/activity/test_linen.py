@@ -601,9 +601,42 @@ def test_jax_transformations_inside_a_module_are_an_error(wrap):
         jr.activity({"encoder": jr.L1(1.0)})(Model().apply)(variables, X)
 
 
+class Named(nn.Module):
+    """Sows a value by a name of a submodule's."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return jr.sow(self, "layer", self.layer(x), jr.L1(1.0))
+
+
+@pytest.mark.parametrize("run", ["apply", "function"])
+@pytest.mark.parametrize("layer", [nn.Dense(3), nn.Dropout(0.0, deterministic=True)])
+def test_a_value_named_as_a_submodule_is_an_error(layer, run):
+    model = Named(layer)
+    variables = model.init(jax.random.key(0), X)
+    forward = model.apply if run == "apply" else lambda variables, x: model.apply(variables, x)
+    with pytest.raises(ValueError, match='cannot name a value as a module is named: "layer" is'):
+        jr.activity({})(forward)(variables, X)
+
+
+def test_a_value_without_a_penalty_of_its_own_has_that_of_a_rule():
+    class Code(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jr.sow(self, "code", x, None)
+
+    assert not jr.activity({})(Code().apply)({}, X)[1]
+    _, terms = jr.activity({"code": jr.L1(2.0)})(Code().apply)({}, X)
+    np.testing.assert_allclose(terms["code"], jr.penalize(X, jr.L1(2.0)), rtol=1e-6)
+    layer = jr.linen.ActivityRegularization(None)
+    assert not jr.activity({})(layer.apply)({}, X)[1]
+
+
 @pytest.mark.parametrize("run", [jr.penalize, None], ids=["penalize", "sow"])
 def test_what_is_no_penalty_is_an_error(run):
-    with pytest.raises(TypeError, match=r"takes a Penalty; got 0.1"):
+    with pytest.raises(TypeError, match=r"takes a Penalty.*; got 0.1"):
         run(X, 0.1) if run else jr.sow(MODEL, "code", X, 0.1)  # type: ignore[arg-type]
 
 

@@ -316,6 +316,38 @@ def test_a_rule_replaces_the_sown_penalty(model):
     assert jr.activity({"encoder/code": None})(model)(X)[1].as_dict() == {}
 
 
+def test_a_value_named_as_a_submodule_is_an_error():
+    class Named(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(X.shape[-1], 2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return jr.sow(self, "layer", self.layer(x), jr.L1(1.0))
+
+    with pytest.raises(ValueError, match='cannot name a value as a module is named: "layer" is'):
+        jr.activity({})(Named())(X)
+
+
+def test_a_layer_without_a_penalty_of_its_own_has_that_of_a_rule():
+    layer = jr.nnx.ActivityRegularization(None)
+    assert not jr.activity({})(layer)(X)[1]
+    _, terms = jr.activity({"output": jr.L1(2.0)})(layer)(X)
+    np.testing.assert_allclose(terms["output"], jr.penalize(X, jr.L1(2.0)), rtol=1e-6)
+
+
+def test_an_activity_is_an_argument_of_a_jitted_step(model):
+    activity = jr.activity({"encoder": jr.L1(0.5), "**": None}, mask=jnp.array([1, 1, 0, 1], bool))
+
+    @jax.jit
+    def total(activity, x):
+        return activity(model)(x)[1].total
+
+    by_activity = jax.grad(total, allow_int=True)(activity, X)
+    (expected,) = activity(model)(X)[1].values()
+    np.testing.assert_allclose(total(activity, X), expected, rtol=1e-6)
+    np.testing.assert_allclose(by_activity.rules.values[0].strength, 2 * expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("strength", [0.5, jnp.float32(0.5)], ids=["float", "array"])
 def test_activity_regularization_layer(strength):
     layer = jr.nnx.ActivityRegularization(jr.L2(strength))

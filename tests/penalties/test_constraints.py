@@ -493,9 +493,9 @@ def test_describe_shows_the_bounds_of_a_box():
         (lambda: jr.L1Ball(-1.0), "`jaxreg.L1Ball(radius=...)` must be a positive, finite"),
         (lambda: jr.Simplex(0), "`jaxreg.Simplex(scale=...)` must be a positive, finite scalar"),
         (lambda: jr.Simplex(np.ones(2)), "`jaxreg.Simplex(scale=...)` must be a positive, finite"),
-        (lambda: jr.SparseTopK(0), "`jaxreg.SparseTopK(k=...)` must be a positive int; got 0"),
-        (lambda: jr.SparseTopK(2.0), "`jaxreg.SparseTopK(k=...)` must be a positive int; got 2.0"),  # type: ignore[arg-type]
-        (lambda: jr.SparseTopK(True), "`jaxreg.SparseTopK(k=...)` must be a positive int; got T"),
+        (lambda: jr.SparseTopK(0), "`jaxreg.SparseTopK(k=...)` must be a positive integer; got 0"),
+        (lambda: jr.SparseTopK(2.0), "(k=...)` must be a positive integer; got 2.0"),  # type: ignore[arg-type]
+        (lambda: jr.SparseTopK(True), "`jaxreg.SparseTopK(k=...)` must be a positive integer; g"),
         (lambda: jr.MaxNorm(float("nan")), "`jaxreg.MaxNorm(max_norm=...)` must be a positive"),
         (lambda: jr.MinMaxNorm(-0.1, 1.0), "`jaxreg.MinMaxNorm(min_norm=...)` must be a finite, n"),
         (lambda: jr.MinMaxNorm(0.0, 0.0), "`jaxreg.MinMaxNorm(max_norm=...)` must be a positive"),

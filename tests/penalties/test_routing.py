@@ -185,11 +185,17 @@ def test_one_expert_is_balanced(penalty):
 
 
 @pytest.mark.parametrize("penalty", [jr.TopKLoadBalance, jr.DeepSeekLoadBalance])
-@pytest.mark.parametrize("k", [0, -1, 1.5, None, "2"], ids=str)
+@pytest.mark.parametrize("k", [0, -1, 1.5, None, "2", True], ids=str)
 def test_k_must_be_a_positive_integer(penalty, k):
     message = f"`jaxreg.{penalty.__name__}(k=...)` must be a positive integer; got {k!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
         penalty(1.0, k=k)
+
+
+@pytest.mark.parametrize("penalty", [jr.TopKLoadBalance, jr.DeepSeekLoadBalance])
+def test_k_may_be_an_integer_of_numpy(penalty):
+    x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    assert penalty(1.0, k=np.int64(2))(x) == penalty(1.0, k=2)(x)
 
 
 @pytest.mark.parametrize("penalty", [jr.TopKLoadBalance, jr.DeepSeekLoadBalance])

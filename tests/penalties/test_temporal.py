@@ -51,6 +51,16 @@ def test_slowness_takes_steps_and_pairs_that_count():
 
 
 @pytest.mark.parametrize("penalty", [jr.TemporalDifference, jr.Slowness])
+def test_axis_must_be_an_integer(penalty):
+    for axis in ((0, 1), None, 0.5):
+        with pytest.raises(
+            TypeError, match=re.escape(f"(axis=...)` must be an integer; got {axis}")
+        ):
+            penalty(1.0, axis=axis)(H)
+    np.testing.assert_array_equal(penalty(1.0, axis=np.int64(1))(H), penalty(1.0, axis=1)(H))
+
+
+@pytest.mark.parametrize("penalty", [jr.TemporalDifference, jr.Slowness])
 def test_axis_of_time(penalty):
     expected = penalty(1.0)(H)
     np.testing.assert_allclose(penalty(1.0, axis=1)(H), expected, rtol=1e-6)
@@ -109,6 +119,17 @@ def test_gradient_of_slowness_is_that_of_larger_features_divided_by_the_size():
     y = jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]])
     expected = jr.Slowness(1.0).gradient(y)
     np.testing.assert_allclose(jr.Slowness(1.0).gradient(1e-10 * y) * 1e-10, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-20, 3e-19, 1e-18, 1e-10])
+def test_slowness_of_one_small_spike_is_finite(size):
+    y = jnp.zeros((1024, 2)).at[400].set(jnp.array([1.0, size]))
+    value, gradient = jax.value_and_grad(jr.Slowness(1.0))(y)
+    assert np.isfinite(gradient).all()
+    # Where the squares vanish the feature counts as one that does not change; and squares of the
+    # mean, which is in all other steps, vanish first.
+    speeds = 2 / 1023 * 1024**2 / 1023 * np.array([1, size > 1e-19])
+    np.testing.assert_allclose(value, speeds.sum(), rtol=1e-3)
 
 
 def test_slowness_of_microbatches_stays_finite_where_rounding_hides_the_variance():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxreg.penalties._checks import require, require_real
+from jaxreg.penalties._checks import require, require_integer, require_real
 from jaxreg.terms import AxisName
 
 from . import _check as check
@@ -129,9 +129,7 @@ def linear_cross_entropy(
     if soft_cap is not None:
         soft_cap = check.number("soft_cap", soft_cap, "positive", lambda c: 0 < c < math.inf)
     if chunk is not None:
-        chunk = int(
-            check.number("chunk", chunk, "a positive integer", lambda n: n >= 1 and n % 1 == 0)
-        )
+        require_integer(f"{NAME}(chunk=...)", chunk, least=1)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
     check.choice("implementation", implementation, (None, "chunked", "reference"))
     if implementation == "reference" and vocab_axis_name is not None:
