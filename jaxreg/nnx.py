@@ -121,8 +121,8 @@ class Dense(nnx.Module):
                 "`jaxreg.activity` cannot measure the parameters of a `jaxreg.nnx.Dense` that is"
                 " not part of the NNX module it was given. Penalize them by `jaxreg.kernel`."
             )
-        bias = None if self.bias is None else self.bias.get_value()
-        operands = promote_dtype((x, self.kernel.get_value(), bias), dtype=self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        operands = promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
         return penalized(
             self, operands, self.activation, self.activity_regularizer, self.implementation
         )

@@ -65,6 +65,14 @@ def test_parameters_and_outputs_are_flaxs_own():
         assert y.dtype == (dtype or jnp.float32)
 
 
+def test_a_layer_of_plain_arrays_runs():
+    layer = jr.nnx.Dense(5, 4, jax.nn.relu, activity_regularizer=jr.L1(0.1), rngs=nnx.Rngs(0))
+    pure = nnx.as_pure(layer)
+    np.testing.assert_array_equal(pure(X), layer(X))
+    expected = jr.activity({})(layer)(X)[1].as_dict()
+    chex.assert_trees_all_close(jr.activity({})(pure)(X)[1].as_dict(), expected)
+
+
 def test_the_terms_are_kerass():
     # Keras's documented case: a kernel term of 0.25, and an activity term of 5 per batch of five.
     layer = jr.linen.Dense(

@@ -73,6 +73,9 @@ def run_module(
             failed()
         if "_jaxreg_terms" in str(error):
             raise ValueError(_refused(carried.notes)) from error
+        if carried.notes and "out of bounds" in str(error):
+            # A term has no other axis than the first.
+            error.add_note(f"Unless the model itself is at fault: {_refused(carried.notes)}")
         raise
     exempt = found_before("exempt", run.key, *((path, type(node)) for path, node in copies))
     exempt.update(dict.fromkeys(carried.exempt))

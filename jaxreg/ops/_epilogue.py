@@ -7,6 +7,7 @@ plain JAX, outside of the kernel.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -198,7 +199,7 @@ def elementwise(function: Callable[[jax.Array], Any]) -> list[Any]:
     """
     shape = (8, 128)
     traced = jax.make_jaxpr(lambda x: jax.tree.leaves(function(x)))(_array(shape))
-    interpreter = _Interpreter(shape, None)
+    interpreter = _Interpreter(shape, None, forward_mode=True)
     nodes = interpreter.run(traced.jaxpr, traced.consts, [Node()])
     if interpreter.found or not any(isinstance(node, Node) for node in nodes):
         raise NotElementwise("it is not a function of single entries")
@@ -257,15 +258,28 @@ class _Interpreter:
     """Runs a jaxpr whose first argument is the activation, of which nothing is known.
 
     What does not depend on the activation, and what depends on its sums alone, is computed as it
-    goes along; the rest becomes nodes.
+    goes along; the rest becomes nodes. A scalar stands for an array of it, of the activation's
+    shape.
+
+    Args:
+        shape: the activation's.
+        sums: the sums, or None where they are to be found.
+        gradient: whether this is the gradient by the activation, made of scalars and columns.
+        forward_mode: whether this is to be differentiated in forward mode.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], sums: Sequence[jax.Array] | None, gradient: bool = False
+        self,
+        shape: tuple[int, ...],
+        sums: Sequence[jax.Array] | None,
+        *,
+        gradient: bool = False,
+        forward_mode: bool = False,
     ):
         self.shape = shape
         self.sums = sums
         self.gradient = gradient
+        self.forward_mode = forward_mode
         self.found: list[tuple[Node, Over]] = []
         self.scalars: list[jax.Array] = []
         self.columns: list[jax.Array] = []
@@ -281,6 +295,11 @@ class _Interpreter:
 
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
+            if equation.primitive.name == "custom_vjp_call" and self.forward_mode:
+                raise NotElementwise(
+                    "its derivative is a `jax.custom_vjp`, which forward mode cannot take; it can"
+                    " take a `jax.custom_jvp`"
+                )
             if equation.primitive.name in _CALLS:
                 inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
                 outs = self.run(inner.jaxpr, inner.consts, operands)
@@ -300,6 +319,15 @@ class _Interpreter:
                 if self.gradient and self._is_column(equation, operands[0]):
                     self.columns.append(operands[0].reshape(-1))
                     return [Column(len(self.columns) - 1, operands[0].dtype)]
+            stands = any(
+                atom.aval.shape != operand.shape
+                for atom, operand in zip(equation.invars, operands, strict=True)
+            )
+            if stands and name == "reduce_sum":
+                size = math.prod(self.shape[axis] for axis in equation.params["axes"])
+                return [jnp.full(shape, size * operands[0])]
+            if stands and (name not in ELEMENTWISE or any(o.ndim for o in operands)):
+                raise NotElementwise(f"it takes {name} of an array that is constant")
             with _now(operands):
                 outs = _bind(equation.primitive, operands, equation.params)
             return list(outs) if equation.primitive.multiple_results else [outs]

@@ -24,15 +24,15 @@ def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]
         raise ValueError(f"`jaxreg.{argument}` must be {what}; got {value!r}.")
 
 
-def require_integer(argument: str, value: Any, *, least: int) -> None:
+def require_integer(argument: str, value: Any, *, least: int | None = None) -> None:
     """Raise unless the value is an integer, of Python's or NumPy's, and no less than this."""
     try:
-        valid = not isinstance(value, bool) and operator.index(value) >= least
+        index = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        valid = False
-    if not valid:
-        kind = "a positive integer" if least == 1 else "a non-negative integer"
-        raise ValueError(f"`jaxreg.{argument}` must be {kind}; got {value!r}.")
+        index = None
+    if index is None or (least is not None and index < least):
+        kind = {None: "an", 0: "a non-negative", 1: "a positive"}[least]
+        raise ValueError(f"`jaxreg.{argument}` must be {kind} integer; got {value!r}.")
 
 
 def require_real(function: str, argument: str, value: ArrayLike) -> jax.Array:

@@ -287,6 +287,27 @@ def test_nested_jit_does_not_replay_another_trace():
             np.testing.assert_allclose(forward(X)[1].total, expected / 4, rtol=1e-6)
 
 
+def test_modules_stacked_along_another_axis_need_one_for_the_terms():
+    layers = nnx.vmap(
+        lambda key: nnx.Linear(X.shape[-1], 3, rngs=nnx.Rngs(key)), in_axes=0, out_axes=1
+    )(jax.random.split(jax.random.key(0), 2))
+
+    class Stack(nnx.Module):
+        def __init__(self, axes):
+            self.layers, self.axes = layers, axes
+
+        def __call__(self, x):
+            return nnx.vmap(lambda m, x: m(x), in_axes=(self.axes, None))(self.layers, x)
+
+    activity = jr.activity({"layers": jr.L1(1.0)})
+    with pytest.raises(ValueError, match="axis 1 is out of bounds") as caught:
+        activity(Stack(1))(X)
+    assert any('"layers" out of the transf' in note for note in caught.value.__notes__)
+    axes: Any = {jr.nnx.PenaltyTerm: 0, ...: 1}
+    y, terms = activity(Stack(nnx.StateAxes(axes)))(X)
+    np.testing.assert_allclose(terms["layers"], jnp.abs(y).sum() / len(X), rtol=1e-6)
+
+
 def test_sow_without_activity_does_nothing(model):
     structure = nnx.graphdef(model)
     chex.assert_trees_all_equal(model.encoder(X), nnx.relu(model.encoder.dense(X)))

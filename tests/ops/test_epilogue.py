@@ -1,5 +1,6 @@
 """Moments as sums of functions of single entries."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -21,6 +22,7 @@ TILED = {
     *("KLSparsity", "HoyerSquare", "ActivationNorm", "ImportanceCV"),
     *("L2+GroupLasso+L2", "2*(L1+KLSparsity)"),
 }
+RNG = np.random.default_rng(0)
 BATCHES = [case for case in CASES if np.ndim(case.sample) >= 2]
 
 
@@ -73,6 +75,39 @@ def test_a_gradient_that_needs_the_sums_says_so():
     assert epilogue(Root(0.1), (8, 4)).sums
     with pytest.raises(NotElementwise, match="its gradient needs the sums themselves"):
         gradient(Root(0.1), (8, 4), jnp.float32(1))
+
+
+class Share(jr.Penalty):
+    """A mean whose count is itself a sum over the entries, or over what is made of constants."""
+
+    strength: Any
+    _: dataclasses.KW_ONLY
+    ones: Any = jr.penalties.static(default=jnp.ones_like)
+
+    def moments(self, x: Any, where: Any = None) -> Any:
+        return jnp.sum(jnp.abs(x)), jnp.sum(2 * self.ones(x)), jnp.sum(self.ones(x), axis=0)
+
+
+def test_constants_are_counted():
+    x = jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)
+    for by in (by_epilogue, jax.jit(by_epilogue)):
+        chex.assert_trees_all_close(by(Share(1.0), x), Share(1.0).moments(x), rtol=1e-6)
+    for ones in (lambda x: jnp.cumsum(jnp.ones_like(x)), lambda x: jnp.arange(4.0) * (0 * x + 1)):
+        with pytest.raises(NotElementwise, match=r"it takes|it holds"):
+            epilogue(Share(1.0, ones=ones), x.shape)
+
+
+def test_an_activation_without_a_derivative_in_forward_mode_is_refused():
+    @jax.custom_vjp
+    def gate(z):
+        return jnp.where(z > 0, z, 0)
+
+    gate.defvjp(lambda z: (gate(z), z), lambda z, g: (g * (jnp.abs(z) < 1),))
+    with pytest.raises(NotElementwise, match=r"is a `jax.custom_vjp`, which forward mode cannot"):
+        elementwise(lambda z: 2 * jax.jit(gate)(z))
+    # Of a penalty it is differentiated in reverse.
+    penalty = type("Gated", (jr.penalties.Separable,), {"phi": staticmethod(gate)})(0.5)
+    assert epilogue(penalty, (8, 4)).sums
 
 
 def test_a_setting_that_is_traced_is_handed_over_and_a_number_is_not():

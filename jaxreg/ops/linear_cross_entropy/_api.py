@@ -130,6 +130,8 @@ def linear_cross_entropy(
         soft_cap = check.number("soft_cap", soft_cap, "positive", lambda c: 0 < c < math.inf)
     if chunk is not None:
         require_integer(f"{NAME}(chunk=...)", chunk, least=1)
+    if ignore_index is not None:
+        require_integer(f"{NAME}(ignore_index=...)", ignore_index)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
     check.choice("implementation", implementation, (None, "chunked", "reference"))
     if implementation == "reference" and vocab_axis_name is not None:
@@ -164,5 +166,5 @@ def linear_cross_entropy(
         batch_axis_name=batch_axis_name,
         compute=_reference if implementation == "reference" else _chunked,
     )
-    sharded = explicit(hidden, weight, words)
+    sharded = explicit(problem, words)
     return forward(problem) if sharded is None else on_mesh(forward, problem, sharded)

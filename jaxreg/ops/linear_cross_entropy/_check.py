@@ -29,11 +29,12 @@ def token_weights(
     The weight is 0 where the token is ignored, and NaN where the label is traced and no word. What
     can be differentiated by its weight has a label at a weight of zero, too: a mask's has not.
     """
-    varies = weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.inexact)
+    varies = False
     if weights is None:
         w = jnp.ones(labels.shape, dtype)
     else:
         w = jnp.asarray(weights)
+        varies = jnp.issubdtype(w.dtype, jnp.inexact)
         if jnp.iscomplexobj(w):
             raise TypeError(f"`jaxreg.{NAME}(weights=...)` must be real; got dtype {w.dtype}.")
         if w.shape != labels.shape:

@@ -279,7 +279,7 @@ def _recompute(
             products.append(settings.product(h, narrow, settings.dtype))
         logits_dot: Any = sum(product.astype(settings.wide) for product in products)
         if bias_dot is not None:
-            logits_dot += bias_dot
+            logits_dot += bias_dot[None]
         logits_dot = jnp.broadcast_to(logits_dot, logits.shape)
         return None, settings.function(logits, d).tangent(logits_dot)
 

@@ -37,16 +37,17 @@ class Explicit(NamedTuple):
         return jax.reshard(x, sharding)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def explicit(hidden: jax.Array, weight: jax.Array, words: int) -> Explicit | None:
-    """Return how the types say that the arrays are sharded; None if they say nothing."""
-    by_hidden, by_weight = (jax.typeof(x).sharding for x in (hidden, weight))
-    if not any(map(_names, (*by_hidden.spec, *by_weight.spec))):
+def explicit(problem: Any, words: int) -> Explicit | None:
+    """Return how the types say that a problem's arrays are sharded; None if they say nothing."""
+    told = [jax.typeof(x).sharding for x in jax.tree.leaves(problem)]
+    split = [sharding for sharding in told if any(map(_names, sharding.spec))]
+    if not split:
         return None
+    by_hidden, by_weight = (jax.typeof(x).sharding for x in (problem.hidden, problem.weight))
     tokens = PartitionSpec(*by_hidden.spec[:-1])
     taken = {name for entry in tokens for name in _names(entry)}
     free = tuple(name for name in _names(by_weight.spec[words]) if name not in taken)
-    mesh = by_hidden.mesh if taken else by_weight.mesh
-    return Explicit(mesh, tokens, free)
+    return Explicit(split[0].mesh, tokens, free)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -38,6 +38,14 @@ def assert_same(transform):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_ranks_are_not_promoted():
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(
+            jax.value_and_grad(lambda h, w, b: loss(h, w, bias=b), (0, 1, 2)),
+            *(P.hidden, P.weight, P.bias),
+        )
+
+
 def test_forward_mode():
     assert_same(lambda f: lambda h, w: jax.jvp(f, (h, w), (jnp.sin(h), jnp.cos(w))))
 

@@ -63,6 +63,8 @@ def test_a_square_weight_must_say_its_layout(layout):
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing=.* in \[0, 1\); got 1"),
         ({"soft_cap": 0.0}, ValueError, r"soft_cap=.* positive; got 0"),
         ({"chunk": 0}, ValueError, r"chunk=.* a positive integer; got 0"),
+        ({"ignore_index": "pad"}, ValueError, r"ignore_index=.* an integer; got 'pad'"),
+        ({"ignore_index": (0, 1)}, ValueError, r"ignore_index=.* an integer; got \(0, 1\)"),
         ({"chunk": 2.5}, ValueError, r"chunk=.* a positive integer; got 2.5"),
         (
             {"reduction": "token_mean"},

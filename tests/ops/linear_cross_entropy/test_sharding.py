@@ -211,6 +211,13 @@ def test_other_ways_to_lay_out_tokens_and_words(tokens, words, gathered, expecte
     assert ("all-gather" in kinds) == gathered
 
 
+@pytest.mark.parametrize("alone", [2, 3], ids=["bias", "labels"])
+def test_the_type_of_one_small_array_is_enough(alone, expected):
+    specs = [spec if i == alone else P() for i, spec in enumerate(specs_of("both"))]
+    found, _ = run(differentiate(result_of), mesh_of(AxisType.Explicit), specs)
+    assert_same(found, expected)
+
+
 def test_labels_out_of_range_on_any_device_make_nan():
     mesh = mesh_of(AxisType.Auto)
     function = jax.jit(shard_mapped(mesh, "both"))
