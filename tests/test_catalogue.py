@@ -41,7 +41,7 @@ def test_penalty_is_documented(name):
     if name == "Sum":
         return
     text = getattr(jr, name).__doc__
-    for part in ("$$", "Raises:", "Example:", ">>> "):
+    for part in ("$$", "Gradient:", "Raises:", "Example:", ">>> ", "References:"):
         assert part in text, f"{name} lacks {part}"
     assert f"`{name}" in README
 

@@ -23,6 +23,9 @@ class NonNegative(Constraint):
 
     $$ C = \{x : x_i \ge 0\}, \qquad P(x) = \max(x, 0) $$
 
+    Gradient:
+        That of the projection is 1 for a positive entry, and 0 for another, 0 included.
+
     Raises:
         TypeError: from `project`, for integer or complex input.
 
@@ -31,6 +34,9 @@ class NonNegative(Constraint):
         >>> import jaxreg as jr
         >>> jr.NonNegative().project(jnp.array([-1.0, 2.0])).tolist()
         [0.0, 2.0]
+
+    References:
+        Parikh and Boyd, Proximal algorithms, Foundations and Trends in Optimization 1(3), 2014.
     """
 
     def step_axes(self, ndim: int) -> tuple[int, ...]:
