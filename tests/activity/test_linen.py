@@ -1,3 +1,4 @@
+import re
 import threading
 from typing import Any
 
@@ -632,6 +633,33 @@ def test_a_value_without_a_penalty_of_its_own_has_that_of_a_rule():
     np.testing.assert_allclose(terms["code"], jr.penalize(X, jr.L1(2.0)), rtol=1e-6)
     layer = jr.linen.ActivityRegularization(None)
     assert not jr.activity({})(layer.apply)({}, X)[1]
+
+
+class Distilled(nn.Module):
+    """Applies another model, whose paths could be its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="student")(x), MODEL.apply(VARIABLES, x)
+
+
+DISTILLED = {"params": {"student": VARIABLES["params"]["encoder"]}}
+
+
+@pytest.mark.parametrize("path", [".", "encoder", "code"])
+def test_a_term_of_another_model_that_is_applied_inside_is_an_error(path):
+    message = rf'cannot carry the term "{re.escape(path)}": it is another model\'s.*exempts it'
+    with pytest.raises(ValueError, match=message):
+        jr.activity({path: jr.L1(1.0)})(Distilled().apply)(DISTILLED, X)
+
+
+def test_a_model_may_apply_another_that_no_rule_penalizes():
+    expected = jnp.abs(encoded(VARIABLES)).sum() / 4
+    exempt = dict.fromkeys([".", "encoder", "code", "decoder"])
+    for rules in ({"student": jr.L1(1.0)}, {**exempt, "**": jr.L1(1.0)}):
+        _, terms = jr.activity(rules)(Distilled().apply)(DISTILLED, X)
+        assert sorted(terms) == ["student"]
+        np.testing.assert_allclose(terms.total, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("run", [jr.penalize, None], ids=["penalize", "sow"])

@@ -336,6 +336,29 @@ def central_differences(case: ConstraintCase, x, h: float = 1e-6):
     return out
 
 
+@jax.jit
+def derivative(constraint, x):
+    return jax.jacobian(constraint.project)(x)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "x", "slopes"),
+    [
+        (jr.NonNegative(), [-1.0, 0.0, 1.0], [0, 0, 1]),
+        (jr.Box(-1.0, 2.0), [-2.0, -1.0, 0.0, 2.0, 3.0], [0, 0.5, 1, 0.5, 0]),
+        (jr.LinfBall(2.0), [-3.0, -2.0, 0.0, 2.0, 3.0], [0, 0.5, 1, 0.5, 0]),
+        (jr.L1Ball(7.0), [3.0, -4.0], [1, 1]),
+        (jr.L2Ball(5.0), [3.0, -4.0], [1, 1]),
+        (jr.MaxNorm(5.0, axis=0), [3.0, -4.0], [1, 1]),
+        (jr.MinMaxNorm(5.0, 6.0, axis=0), [3.0, -4.0], [1, 1]),
+        (jr.MinMaxNorm(4.0, 5.0, axis=0), [3.0, -4.0], [1, 1]),
+    ],
+    ids=str,
+)
+def test_derivative_at_the_edge_is_the_documented_one(constraint, x, slopes):
+    np.testing.assert_array_equal(derivative(constraint, jnp.array(x)), np.diag(slopes))
+
+
 @each([c for c in CASES if c.name in ("LinfBall", "L1Ball", "MinMaxNorm", "Orthonormal")])
 def test_complex_derivatives(case):
     with jax.enable_x64():

@@ -282,6 +282,15 @@ def test_vector_is_held_constant():
     np.testing.assert_array_equal(slope, [0, 0])
 
 
+@pytest.mark.parametrize("vector", [None, np.array([1, 2], np.float32)], ids=["exact", "following"])
+def test_no_gradient_flows_through_the_leading_vector(vector):
+    def first_entry(x, vector):
+        return jr.SpectralNorm(1.0, vector=vector).leading_vector(x)[0, 0]
+
+    for slope in jax.tree.leaves(jax.grad(first_entry, (0, 1))(normal(3, 2), vector)):
+        np.testing.assert_array_equal(slope, np.zeros(slope.shape))
+
+
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 2), (1, 1, 2)], ids=str)
 def test_vector_of_another_shape_is_an_error(shape):
     message = r"SpectralNorm\(vector=...\)` must broadcast to .*; got shape"

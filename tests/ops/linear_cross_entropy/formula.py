@@ -66,4 +66,5 @@ def by_formula(p, *, z_loss=0.0, label_smoothing=0.0, soft_cap=None, reduction="
         "weights": (of_token - mean) / divisor,
         "z_loss": penalty,
     }
-    return Answer(loss, z_loss * penalty, lse, np.argmax(raw, axis=1) == p.labels, gradient)
+    correct = (np.argmax(raw, axis=1) == p.labels) & (weights != 0)
+    return Answer(loss, z_loss * penalty, lse, correct, gradient)

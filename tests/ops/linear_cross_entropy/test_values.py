@@ -344,6 +344,14 @@ def test_equal_logits_count_the_first_as_largest():
     assert result.accuracy == 0.25
 
 
+def test_a_token_that_does_not_count_is_not_correct():
+    weights = jnp.array([1.0, 0.0, 1.0])
+    labels = np.array([0, 1, -100])
+    result = op(jnp.eye(3), jnp.eye(3), labels, weights=weights, layout="DV")
+    np.testing.assert_array_equal(result.correct, [True, False, False])
+    assert result.accuracy == 1
+
+
 def test_correct_is_told_before_the_soft_cap_makes_logits_equal():
     weight = jnp.array([[1e4, 2e4]])
     result = jr.ops.linear_cross_entropy(jnp.ones((2, 1)), weight, np.arange(2), soft_cap=5.0)
