@@ -62,8 +62,12 @@ class Matrix(Penalty):
                 f"`jaxreg.{type(self).__name__}` takes no mask: which entries of a matrix would"
                 " count is not defined. Select the examples before."
             )
+        return self.of_array(x) if x.size else jnp.zeros((), x.dtype)
+
+    def of_array(self, x: jax.Array) -> jax.Array:
+        """Return the value of an array that is not empty, for a strength of one."""
         w, _ = as_matrices(self, x)
-        return self.of_matrices(w) if w.size else jnp.zeros((), w.dtype)
+        return self.of_matrices(w)
 
 
 class Orthogonal(Matrix):

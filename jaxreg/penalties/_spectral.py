@@ -120,9 +120,9 @@ class SpectralNorm(_Spectral):
     def of_matrices(self, w: jax.Array) -> jax.Array:
         return jnp.sum(_spectral_norm(w))
 
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        if self.vector is None or x.size == 0:
-            return super().moments(x, where)
+    def of_array(self, x: jax.Array) -> jax.Array:
+        if self.vector is None:
+            return super().of_array(x)
         w, _ = as_matrices(self, x)
         v, _ = self._vectors(x)
         return jnp.sum(_stretch(w, v))

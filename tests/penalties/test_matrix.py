@@ -298,6 +298,17 @@ def test_vector_of_another_shape_is_an_error(shape):
         jr.SpectralNorm(1.0, vector=jnp.ones(shape))(jnp.ones((4, 2)))
 
 
-def test_mask_is_an_error():
-    with pytest.raises(ValueError, match=r"`jaxreg.SoftOrthogonal` takes no mask"):
-        jr.penalize(jnp.eye(3), jr.SoftOrthogonal(1.0), mask=jnp.array([True, True, False]))
+@pytest.mark.parametrize(
+    "penalty", [jr.SoftOrthogonal(1.0), jr.SpectralNorm(1.0, vector=jnp.ones(3))]
+)
+def test_mask_is_an_error(penalty):
+    with pytest.raises(ValueError, match=rf"`jaxreg.{type(penalty).__name__}` takes no mask"):
+        jr.penalize(jnp.eye(3), penalty, mask=jnp.array([True, True, False]))
+
+
+def test_a_vector_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    kernel, penalty = normal(8, 4, 6), jr.SpectralNorm(1.0, vector=jnp.ones(6))
+    found = penalty(jax.device_put(kernel, sharding))
+    np.testing.assert_allclose(found, penalty(kernel), rtol=1e-5)
