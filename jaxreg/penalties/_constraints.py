@@ -1,7 +1,6 @@
 """Constraints on entries and on whole arrays: sets that parameters are projected onto."""
 
 import math
-from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from ._base import Constraint
 from ._checks import check_broadcasts, require_integer, require_order
 from ._fields import array, positive, static
 from ._norm_constraints import onto_ball, polar
+from ._threshold import over_threshold
 
 
 class NonNegative(Constraint):
@@ -219,13 +219,11 @@ class L1Ball(Constraint):
         check_axes(self, x, name)
 
     def _project(self, x: jax.Array) -> jax.Array:
-        return _each_vector(self, x, self._project_last_axis)
-
-    def _project_last_axis(self, x: jax.Array) -> jax.Array:
+        axes = _vector_axes(self, x.ndim)
         sizes, directions = polar(x, ())
         radius = jnp.asarray(self.radius, sizes.dtype)
-        within = jnp.sum(sizes, axis=-1, keepdims=True) <= radius
-        return jnp.where(within, x, directions * _onto_simplex(sizes, radius))
+        within = jnp.sum(sizes, axis=axes, keepdims=True) <= radius
+        return jnp.where(within, x, directions * over_threshold(sizes, axes, radius))
 
 
 class Simplex(Constraint):
@@ -272,8 +270,7 @@ class Simplex(Constraint):
         check_axes(self, x, name)
 
     def _project(self, x: jax.Array) -> jax.Array:
-        scale = jnp.asarray(self.scale, x.dtype)
-        return _each_vector(self, x, lambda vectors: _onto_simplex(vectors, scale))
+        return over_threshold(x, _vector_axes(self, x.ndim), jnp.asarray(self.scale, x.dtype))
 
 
 class SparseTopK(Constraint):
@@ -332,63 +329,17 @@ class SparseTopK(Constraint):
             )
 
     def _project(self, x: jax.Array) -> jax.Array:
-        return _each_vector(self, x, self._project_last_axis)
-
-    def _project_last_axis(self, x: jax.Array) -> jax.Array:
+        if x.size == 0:
+            return x
+        axes = _vector_axes(self, x.ndim)
+        last = tuple(range(x.ndim - len(axes), x.ndim))
+        moved = jnp.moveaxis(x, axes, last)
+        vectors = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
         # A NaN counts as larger than all else.
-        _, kept = jax.lax.top_k(jnp.abs(x), self.k)
-        keep = jnp.put_along_axis(jnp.zeros(x.shape, bool), kept, True, axis=-1, inplace=False)
-        return jnp.where(keep, x, 0)
-
-
-def _onto_simplex(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return the projections of the vectors along the last axis.
-
-    The threshold τ is the root of the convex, piecewise linear Σ max(x_i − τ, 0) − s. Newton's
-    method from below climbs to it, leaving out ever more entries, in a few passes.
-
-    `optax.projections.projection_simplex` sorts: it takes ten times as long on a CPU, and gathers a
-    sharded array. For entries much larger than the scale its running sums have no digit of it left,
-    and it takes neither empty arrays nor strict dtype promotion.
-    """
-    # The projection of a shifted vector is the same, and now the threshold lies in [-s, 0).
-    x = x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-
-    def newton(x: Any, scale: Any, threshold: Any) -> tuple[jax.Array, jax.Array]:
-        above = x > threshold
-        count = jnp.maximum(jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32), 1)
-        excess = jnp.sum(jnp.where(above, x - threshold, 0), axis=-1, keepdims=True) - scale
-        return threshold + excess / count.astype(x.dtype), count
-
-    def leaves_out_more(state: Any) -> jax.Array:
-        _, count, fewest = state
-        return jnp.any(count < fewest)
-
-    def climb(state: Any) -> Any:
-        threshold, count, fewest = state
-        return *newton(*constants, threshold), jnp.minimum(count, fewest)
-
-    constants = jax.lax.stop_gradient((x, scale))
-    # Made of x, to differ as it does from shard to shard.
-    start = jnp.zeros_like(constants[0][..., :1]) - constants[1]
-    more = jnp.full_like(start, x.shape[-1] + 1, jnp.int32)
-    threshold, _, _ = jax.lax.while_loop(leaves_out_more, climb, (start, more, more + 1))
-    # One step more has the derivative.
-    threshold, _ = newton(x, scale, threshold)
-    return jnp.where(x <= threshold, 0, x - threshold)
-
-
-def _each_vector(
-    constraint: Any, x: jax.Array, function: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """Apply a function of vectors, along the last axis, to those along the constraint's axis."""
-    if x.size == 0:
-        return x
-    axes = _vector_axes(constraint, x.ndim)
-    last = tuple(range(x.ndim - len(axes), x.ndim))
-    moved = jnp.moveaxis(x, axes, last)
-    vectors = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
-    return jnp.moveaxis(function(vectors).reshape(moved.shape), last, axes)
+        _, kept = jax.lax.top_k(jnp.abs(vectors), self.k)
+        none = jnp.zeros(vectors.shape, bool)
+        keep = jnp.put_along_axis(none, kept, True, axis=-1, inplace=False)
+        return jnp.where(jnp.moveaxis(keep.reshape(moved.shape), last, axes), x, 0)
 
 
 def _vector_axes(constraint: Any, ndim: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ._axes import check_axes, vector_axes
 from ._base import Penalty
 from ._fields import setting, static
 from ._separable import soft_threshold
+from ._threshold import over_threshold
 
 
 class Grouped(Penalty):
@@ -250,10 +251,9 @@ class L1Inf(Grouped):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         axes = vector_axes(self, x.ndim)
-        loss = _of_groups(step * self.strength, x, axes)
-        largest_first, counts = _sorted_sums(jnp.abs(x), axes)
-        cap = _largest((largest_first - loss) / counts, x, axes)
-        return jnp.sign(x) * jnp.minimum(jnp.abs(x), cap)
+        size = jnp.abs(x)
+        lost = over_threshold(size, axes, of_rank(x.ndim, step * self.strength))
+        return jnp.where(jnp.isinf(x), x, x - jnp.sign(x) * jnp.minimum(lost, size))
 
 
 class ExclusiveLasso(Grouped):
@@ -270,8 +270,7 @@ class ExclusiveLasso(Grouped):
         2·s·‖w_g‖₁ · sign(w_i), and 0 at 0.
 
     Prox:
-        Soft thresholding by τ_g = max_k 2λ(|w|_(1) + … + |w|_(k)) / (1 + 2λk), where λ = t·s and
-        |w|_(k) is the k-th largest of the group.
+        Soft thresholding by τ_g, where τ_g = 2λ Σ_i max(|w_i| − τ_g, 0) and λ = t·s.
 
     Raises:
         ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for an
@@ -298,11 +297,9 @@ class ExclusiveLasso(Grouped):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         axes = vector_axes(self, x.ndim)
-        twice = _of_groups(2 * step * self.strength, x, axes)
-        largest_first, counts = _sorted_sums(jnp.abs(x), axes)
-        thresholds = twice * largest_first / (1 + twice * counts)
-        shrunk = soft_threshold(x, _largest(thresholds, x, axes))
-        return jnp.where(jnp.isinf(x), x, shrunk)
+        twice = of_rank(x.ndim, 2 * step * self.strength)
+        left = over_threshold(jnp.abs(x), axes, 0, scale=twice, slope=1)
+        return jnp.where(jnp.isinf(x), x, jnp.where(left == 0, 0, jnp.sign(x) * left))
 
 
 def _squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -321,28 +318,3 @@ def _root(square: jax.Array) -> jax.Array:
     # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
     zero = square == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
-
-
-def _sorted_sums(size: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return the sums of the k largest entries of each group, on a last axis, and k = 1, 2, …."""
-    groups = jnp.moveaxis(size, axes, range(size.ndim - len(axes), size.ndim))
-    kept = groups.shape[: size.ndim - len(axes)]
-    groups = groups.reshape(*kept, math.prod(size.shape[axis] for axis in axes))
-    counts = jnp.arange(1, groups.shape[-1] + 1, dtype=size.dtype)
-    return jnp.cumsum(-jnp.sort(-groups, axis=-1), axis=-1), of_rank(groups.ndim, counts)
-
-
-def _of_groups(scale: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return a scalar, or an array with one entry for each group, with a last axis of size 1."""
-    ones = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
-    return jnp.squeeze(jnp.broadcast_to(scale, ones), axes)[..., None] if scale.ndim else scale
-
-
-def _largest(candidates: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return each group's largest candidate, or 0, in a shape that broadcasts to `x`.
-
-    A sum of the k largest, less or scaled, exceeds that of k − 1 just as long as the k-th largest
-    exceeds the threshold so far: the largest candidate is the threshold.
-    """
-    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    return jnp.max(candidates, axis=-1, initial=0).reshape(shape)

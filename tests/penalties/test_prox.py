@@ -179,6 +179,18 @@ def test_a_wider_strength_or_step_does_not_widen_the_result(case):
     assert z.dtype == jnp.float32
 
 
+def test_an_infinite_entry_and_a_nan_among_others_of_a_group():
+    x = jnp.array([[jnp.inf, -jnp.inf, jnp.nan], [1.0, 1.0, 1.0], [-2.0, 0.0, 2.0]])
+    largest, shared = (
+        jr.L1Inf(0.5, axis=0).prox(x, 1.0),
+        jr.ExclusiveLasso(0.5, axis=0).prox(x, 1.0),
+    )
+    np.testing.assert_array_equal(largest[:, :2], x[:, :2])
+    np.testing.assert_array_equal(shared[:, :2], jnp.where(jnp.isinf(x), x, 0)[:, :2])
+    assert jnp.isnan(largest[:, 2]).all()
+    assert jnp.isnan(shared[:, 2]).all()
+
+
 @every_prox
 def test_nan_and_inf_propagate(case):
     first = (0,) * case.sample.ndim
