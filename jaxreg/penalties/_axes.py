@@ -40,6 +40,17 @@ def check_axes(penalty: Any, x: jax.Array, name: str) -> None:
         )
 
 
+def check_matrices(penalty: Any, x: jax.Array, name: str) -> None:
+    """Raise unless the array is a matrix, or several along the penalty's batch axes."""
+    check_axes(penalty, x, name)
+    if x.ndim - len(batch_axes(penalty, x.ndim)) < 2:
+        stacked = f", beside batch_axes={penalty.batch_axes}" if penalty.batch_axes != () else ""
+        raise ValueError(
+            f"`jaxreg.{type(penalty).__name__}` takes a matrix, an array with two axes or"
+            f' more{stacked}; got "{name}" of shape {x.shape}. Exempt it by a rule of its own.'
+        )
+
+
 def as_matrices(penalty: Any, x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Return the array as matrices whose columns are its vectors, and the way back.
 

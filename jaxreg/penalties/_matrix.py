@@ -1,7 +1,6 @@
 """Penalties of matrices: how far their columns are from orthogonal."""
 
 import abc
-import functools
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -9,15 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import modulus
-from ._axes import as_matrices, batch_axes, check_axes
+from ._arithmetic import matmul, modulus
+from ._axes import as_matrices, batch_axes, check_matrices
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import static
 from ._norm_constraints import polar
-
-# Accelerators round the factors of a float32 product to fewer bits unless told not to.
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Matrix(Penalty):
@@ -44,13 +40,7 @@ class Matrix(Penalty):
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
-        check_axes(self, x, name)
-        if x.ndim - len(batch_axes(self, x.ndim)) < 2:
-            stacked = f", beside batch_axes={self.batch_axes}" if self.batch_axes != () else ""
-            raise ValueError(
-                f"`jaxreg.{type(self).__name__}` takes a matrix, an array with two axes or"
-                f' more{stacked}; got "{name}" of shape {x.shape}. Exempt it by a rule of its own.'
-            )
+        check_matrices(self, x, name)
 
     def adds_up(self, ndim: int) -> bool:
         return 0 in batch_axes(self, ndim)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._axes import as_matrices, batch_axes, check_axes, vector_axes
+from ._axes import as_matrices, check_axes, check_matrices, vector_axes
 from ._base import Constraint
 from ._checks import require_order
 from ._fields import positive, setting, static
+from ._singular_values import map_singular_values
 
 
 class MaxNorm(Constraint):
@@ -219,21 +220,17 @@ class Orthonormal(Constraint):
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
-        check_axes(self, x, name)
-        if x.ndim - len(batch_axes(self, x.ndim)) < 2:
-            stacked = f" besides its batch_axes={self.batch_axes}" if self.batch_axes != () else ""
-            raise ValueError(
-                f"`jaxreg.Orthonormal` takes an array of at least 2 axes{stacked}; got"
-                f' "{name}" of shape {x.shape}. Exempt it by a rule to None.'
-            )
+        check_matrices(self, x, name)
 
     def _project(self, x: jax.Array) -> jax.Array:
         matrices, back = as_matrices(self, x)
         # The scale changes nothing but what overflows.
         _, scaled = _scaled(matrices, (1, 2))
-        if matrices.shape[1] < matrices.shape[2]:
-            return back(_adjoint(_polar_factor(_adjoint(scaled))))
-        return back(_polar_factor(scaled))
+        return back(map_singular_values(_ones, scaled, jnp.zeros(())))
+
+
+def _ones(s: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.ones_like(s), jnp.zeros_like(s)
 
 
 def onto_ball(x: jax.Array, axes: tuple[int, ...], radius: ArrayLike) -> jax.Array:
@@ -267,46 +264,3 @@ def _scaled(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     scale = jnp.where((largest > limit) & ~jnp.isinf(largest), limit, largest)
     scale = jnp.where(scale == 0, 1, scale)
     return scale, x / scale
-
-
-@jax.custom_jvp
-def _polar_factor(x: jax.Array) -> jax.Array:
-    """Return the matrices U V* of x = U Σ V*, for matrices at least as high as wide."""
-    u, _, v = _svd(x)
-    return _product(u, _adjoint(v))
-
-
-@_polar_factor.defjvp
-def _polar_factor_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    # With U*dU and V*dV antisymmetric, d(UV*) needs the sums of singular values, never their
-    # differences, by which the derivatives of U and V are divided.
-    (x,), (dx,) = primals, tangents
-    u, s, v = _svd(x)
-    along = _product(dx, v)
-    within = _product(_adjoint(u), along)
-    turn = (within - _adjoint(within)) * _reciprocal(s[..., :, None] + s[..., None, :])
-    tangent = _product(u, turn)
-    if x.shape[-2] > x.shape[-1]:
-        tangent += (along - _product(u, within)) * _reciprocal(s)[..., None, :]
-    return _product(u, _adjoint(v)), _product(tangent, _adjoint(v))
-
-
-def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, v_adjoint = jnp.linalg.svd(x, full_matrices=False)
-    return u, s, _adjoint(v_adjoint)
-
-
-def _reciprocal(s: jax.Array) -> jax.Array:
-    zero = s == 0
-    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, s))
-
-
-def _adjoint(x: jax.Array) -> jax.Array:
-    return jnp.conj(jnp.swapaxes(x, -1, -2))
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    # An accelerator's default precision would leave columns that are orthonormal to three digits.
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._arithmetic import of_rank
+from ._arithmetic import matmul, of_rank
 from ._axes import as_matrices, vector_axes
 from ._checks import check_broadcasts
 from ._explicit import on_any_mesh
 from ._fields import array, static
 from ._group import _root
-from ._matrix import Matrix, gram, matmul
+from ._matrix import Matrix, gram
 from ._norm_constraints import _scaled
+from ._singular_values import map_singular_values, svd
 
 Method = Literal["svd", "polar"]
 
@@ -157,7 +158,7 @@ class SpectralNorm(_Spectral):
         return back(_unit(matmul(w.mT, u), v))
 
     def shrink(self, w: jax.Array, threshold: jax.Array) -> jax.Array:
-        return _through(_capped, w, threshold)
+        return map_singular_values(_capped, w, threshold)
 
     def _vector_shape(self, x: jax.Array) -> tuple[int, ...]:
         axes = vector_axes(self, x.ndim)
@@ -287,62 +288,15 @@ def _top_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _nuclear_norm(w: jax.Array) -> jax.Array:
-    return jnp.sum(_svd(w)[1])
+    return jnp.sum(svd(w)[1])
 
 
 @_nuclear_norm.defjvp
 def _nuclear_norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (w,), (dw,) = primals, tangents
     tolerance = jnp.asarray(max(w.shape[-2:]) * _epsilon(w), w.dtype)
-    directions = _through(_nonzero, w, tolerance)
+    directions = map_singular_values(_nonzero, w, tolerance)
     return jnp.sum(directions * w), jnp.sum(directions * dw)
-
-
-def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # LAPACK returns at once for a NaN, but may loop for ever for an inf.
-    u, s, vt = jnp.linalg.svd(jnp.where(jnp.isinf(w), jnp.nan, w), full_matrices=False)
-    return u, s, vt
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _through(f: Callable[..., Any], w: jax.Array, parameter: jax.Array) -> jax.Array:
-    """Return U f(Σ) Vᵀ of each matrix.
-
-    `f(singular values, parameter)` gives the new ones, and their slopes, which stand for divided
-    differences where singular values are equal. So the derivative is finite there and at 0, where
-    those of U and V are not.
-    """
-    u, s, vt = _svd(w)
-    return matmul(u * f(s, parameter)[0][..., None, :], vt)
-
-
-@_through.defjvp
-def _through_jvp(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (w, parameter), (dw, dparameter) = primals, tangents
-    u, s, vt = _svd(w)
-    turned = matmul(matmul(u.mT, dw), vt.mT)
-    ds = jnp.diagonal(turned, axis1=-2, axis2=-1)
-    (y, slope), (dy, _) = jax.jvp(f, (s, parameter), (ds, dparameter))
-
-    def quotient(y: jax.Array, s: jax.Array, slope: jax.Array) -> jax.Array:
-        return jnp.where(s == 0, slope, y / jnp.where(s == 0, 1, s))
-
-    slopes = jnp.broadcast_to(slope[..., None], turned.shape)
-    rows, columns = (..., slice(None), None), (..., None, slice(None))
-    differences = quotient(y[rows] - y[columns], s[rows] - s[columns], slopes)
-    sums = quotient(y[rows] + y[columns], s[rows] + s[columns], slopes)
-    core = differences * (turned + turned.mT) / 2 + sums * (turned - turned.mT) / 2
-    core = jnp.where(jnp.eye(s.shape[-1], dtype=bool), dy[rows], core)
-    tangent = matmul(matmul(u, core), vt)
-    # What leaves the span of the singular vectors on the longer side.
-    ratio = quotient(y, s, slope)
-    if w.shape[-2] > w.shape[-1]:
-        outside = dw - matmul(u, matmul(u.mT, dw))
-        tangent += matmul(matmul(outside, vt.mT) * ratio[columns], vt)
-    elif w.shape[-2] < w.shape[-1]:
-        outside = dw - matmul(matmul(dw, vt.mT), vt)
-        tangent += matmul(u * ratio[columns], matmul(u.mT, outside))
-    return matmul(u * y[columns], vt), tangent
 
 
 def _nonzero(s: jax.Array, tolerance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -366,7 +320,7 @@ def _capped(s: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax.Array:
     if method == "svd":
-        return _through(_soft, w, threshold)
+        return map_singular_values(_soft, w, threshold)
     if w.shape[-2] < w.shape[-1]:
         return _soft_thresholded(method, w.mT, threshold).mT
     # Fourth powers must not overflow. No entry is then above 4, and no σ_1 above 4 m n.
@@ -385,7 +339,7 @@ def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax
 def _soft_thresholded_jvp(
     method: Method, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-    _, tangent = jax.jvp(functools.partial(_through, _soft), primals, tangents)
+    _, tangent = jax.jvp(functools.partial(map_singular_values, _soft), primals, tangents)
     return _soft_thresholded(method, *primals), tangent
 
 
