@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxreg.penalties._arithmetic import of_rank
-from jaxreg.penalties._checks import require, require_real
+from jaxreg.penalties._arithmetic import of_rank, wide
+from jaxreg.penalties._checks import NON_NEGATIVE, require, require_real
 from jaxreg.penalties._explicit import on_any_mesh
 
 Function = Callable[[jax.Array], Any]
@@ -73,8 +73,7 @@ def gradient_penalty(critic: Function, x: ArrayLike, *, target: ArrayLike = 1.0)
         Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, Improved training of Wasserstein GANs,
         NeurIPS, arXiv:1704.00028, 2017.
     """
-    non_negative = "a finite, non-negative scalar"
-    require("functional.gradient_penalty(target=...)", target, non_negative, _is_non_negative)
+    require("functional.gradient_penalty(target=...)", target, *NON_NEGATIVE)
     gradients = _input_gradients("gradient_penalty", critic, x)
     norms = optax.safe_norm(gradients, 0.0, axis=1)
     return _mean(jnp.square(norms - jnp.asarray(target, norms.dtype)))
@@ -115,9 +114,9 @@ def interpolate(key: jax.Array, real: ArrayLike, fake: ArrayLike) -> jax.Array:
             "`jaxreg.functional.interpolate` takes real and generated examples of the same shape;"
             f" got {real.shape} and {fake.shape}."
         )
-    wide = _wide(real)
-    share = jax.random.uniform(key, (real.shape[0], *(1,) * (real.ndim - 1)), wide.dtype)
-    return (share * wide + (1 - share) * fake.astype(wide.dtype)).astype(real.dtype)
+    x = wide(real)
+    share = jax.random.uniform(key, (x.shape[0], *(1,) * (x.ndim - 1)), x.dtype)
+    return (share * x + (1 - share) * fake.astype(x.dtype)).astype(real.dtype)
 
 
 def input_gradient(f: Function, x: ArrayLike) -> jax.Array:
@@ -228,7 +227,7 @@ def jacobian_norm(
     else:
         derivatives = jax.vmap(lambda v: jax.jvp(f, (x,), (v,))[1])(_basis(x))
         factor = 1.0
-    squares = jnp.square(_wide(derivatives))
+    squares = jnp.square(wide(derivatives))
     return factor * _mean(jnp.sum(squares, axis=(0, *range(2, squares.ndim))))
 
 
@@ -279,7 +278,7 @@ def contractive(
             "`jaxreg.functional.contractive` takes x (..., in), kernel (in, out) and bias (out,);"
             f" got {x.shape}, {kernel.shape} and {bias.shape}."
         )
-    x, kernel, bias = _wide(x), _wide(kernel), _wide(bias)
+    x, kernel, bias = wide(x), wide(kernel), wide(bias)
     z = x @ kernel
     z += of_rank(z.ndim, bias)
     _, slopes = jax.jvp(activation, (z,), (jnp.ones_like(z),))
@@ -351,7 +350,7 @@ def _spectral_norm(kernel: ArrayLike) -> jax.Array:
         matrix = jnp.where(jnp.isinf(matrix), jnp.nan, matrix)
         return jnp.where(zero, 0, jnp.linalg.norm(jnp.where(zero, 1, matrix), ord=2))
 
-    norm: jax.Array = on_any_mesh(largest, _wide(kernel))
+    norm: jax.Array = on_any_mesh(largest, wide(kernel))
     return math.sqrt(math.prod(window)) * norm
 
 
@@ -366,7 +365,7 @@ def _input_gradients(name: str, f: Function, x: ArrayLike) -> jax.Array:
             f" {x.shape}."
         )
     (gradients,) = pull(jnp.ones_like(out))
-    return _wide(gradients).reshape(x.shape[0], math.prod(x.shape[1:]))
+    return wide(gradients).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _vjp(name: str, f: Function, x: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
@@ -389,7 +388,7 @@ def _basis(like: jax.Array) -> jax.Array:
 def _unit_vectors(key: jax.Array, samples: int, like: jax.Array) -> jax.Array:
     """Return vectors drawn uniformly from the unit sphere of an example's entries."""
     entries = math.prod(like.shape[1:])
-    normal = jax.random.normal(key, (samples, like.shape[0], entries), _wide(like).dtype)
+    normal = jax.random.normal(key, (samples, like.shape[0], entries), wide(like).dtype)
     unit: jax.Array = normal / jnp.linalg.norm(normal, axis=2, keepdims=True)
     return unit.astype(like.dtype).reshape(samples, *like.shape) * jnp.ones_like(like)[None]
 
@@ -406,12 +405,3 @@ def _batch(name: str, argument: str, value: ArrayLike) -> jax.Array:
             f' "{argument}".'
         )
     return array
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    """Return the array in the dtype to add up in: at least single precision."""
-    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
-
-
-def _is_non_negative(value: float) -> bool:
-    return 0 <= value < math.inf

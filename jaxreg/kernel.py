@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Constraint, Penalty
+from jaxreg.penalties._checks import is_floating
 from jaxreg.rules import TOP, Rules, names
 from jaxreg.terms import AxisName, is_tracked, split_axes
 
@@ -222,7 +223,7 @@ class Kernel:
         penalty = None if rule is None else self.rules.values[rule]
         if penalty is None or rule is None:
             return _Leaf(path, value, rule, None)
-        if not _is_penalizable(value):
+        if not is_floating(value):
             if names(self.rules.patterns[rule], path):
                 raise TypeError(
                     f'`jaxreg.kernel` cannot penalize "{path}": it takes floating-point arrays,'
@@ -370,12 +371,6 @@ def _is_box(node: Any) -> bool:
 
 def _is_absent(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _is_penalizable(value: Any) -> bool:
-    # Under `jit` a Python number is an array.
-    number = isinstance(value, float | complex)
-    return number or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def _zero(value: Any) -> Any:

@@ -9,6 +9,8 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._arithmetic import wide
+from jaxreg.penalties._checks import require_choice
 from jaxreg.transforms import (
     apply_prox,
     require_kernel,
@@ -128,10 +130,7 @@ def fista(
     """
     require_kernel("fista", reg)
     require_step("fista(learning_rate=...)", learning_rate)
-    if restart not in ("gradient", "value", None):
-        raise ValueError(
-            f'`jaxreg.fista(restart=...)` must be "gradient", "value" or None; got {restart!r}.'
-        )
+    require_choice("fista(restart=...)", restart, ("gradient", "value", None))
 
     def init(params: Any) -> FistaState:
         return FistaState(
@@ -294,8 +293,7 @@ def proximal_adam(
 
         def steps(v: jax.Array) -> jax.Array:
             # In half precision ε would be 0.
-            wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-            return jnp.asarray(rate / (jnp.sqrt(wide) + eps))
+            return jnp.asarray(rate / (jnp.sqrt(wide(v)) + eps))
 
         def penalized(penalty: Penalty, leaf: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             axes = penalty.step_axes(leaf.ndim)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Constraint
-from jaxreg.penalties._checks import require, require_integer
+from jaxreg.penalties._checks import NON_NEGATIVE, require, require_integer
 
 
 class CountState(NamedTuple):
@@ -123,20 +123,7 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
     """
     require_kernel("apply_prox", reg)
     require_step("apply_prox(step_size=...)", step_size)
-
-    def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
-        require_params("apply_prox", params)
-        step = value_of(step_size, state)
-        updates = reg.map(
-            # Not rounded to the dtype of u: that could leave more than zero where prox gives zero.
-            lambda penalty, leaf, u: penalty.prox(leaf + u, step) - leaf,
-            params,
-            updates,
-            exempt=updates,
-        )
-        return updates, _next(state)
-
-    return optax.GradientTransformation(_counting(step_size), update)
+    return _proximal("apply_prox", reg, step_size)
 
 
 def project(reg: Kernel) -> optax.GradientTransformation:
@@ -177,20 +164,27 @@ def project(reg: Kernel) -> optax.GradientTransformation:
                 f"`jaxreg.project` takes a kernel of constraints; got {penalty!r}. For penalties"
                 " use `jaxreg.apply_prox` or `jaxreg.add_penalty_gradient`."
             )
+    return _proximal("project", reg, 1.0)
 
-    def update(
-        updates: Any, state: optax.EmptyState, params: Any = None
-    ) -> tuple[Any, optax.EmptyState]:
-        require_params("project", params)
+
+def _proximal(
+    transform: str, reg: Kernel, step_size: ArrayLike | optax.Schedule
+) -> optax.GradientTransformation:
+    """Return the transformation whose updates end where the proximal operator does."""
+
+    def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
+        require_params(transform, params)
+        step = value_of(step_size, state)
         updates = reg.map(
-            lambda constraint, leaf, u: constraint.project(leaf + u) - leaf,
+            # Not rounded to the dtype of u: that could leave more than zero where prox gives zero.
+            lambda penalty, leaf, u: penalty.prox(leaf + u, step) - leaf,
             params,
             updates,
             exempt=updates,
         )
-        return updates, state
+        return updates, _next(state)
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(_counting(step_size), update)
 
 
 class PenaltyRecord(NamedTuple):
@@ -291,8 +285,8 @@ def require_kernel(transform: str, reg: Any) -> None:
 def require_step(argument: str, step: ArrayLike | optax.Schedule) -> None:
     """Raise unless this is a schedule, or traced, or a step that can be taken."""
     if not callable(step):
-        what = "a finite, non-negative scalar, or a schedule"
-        require(argument, step, what, lambda t: 0 <= t < math.inf)
+        what, holds = NON_NEGATIVE
+        require(argument, step, f"{what}, or a schedule", holds)
 
 
 def require_params(transform: str, params: Any) -> None:

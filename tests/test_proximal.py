@@ -214,7 +214,7 @@ def test_missing_parameters_are_an_error(name):
 
 
 def test_settings_of_fista_are_checked():
-    with pytest.raises(ValueError, match=re.escape('must be "gradient", "value" or None; got 1')):
+    with pytest.raises(ValueError, match="must be one of 'gradient', 'value', None; got 1"):
         jr.fista(0.1, L1, restart=1)  # type: ignore[arg-type]
     tx = jr.fista(0.1, L1, restart="value")
     with pytest.raises(ValueError, match=r"needs the objective: call.*value=loss \+ penalty"):

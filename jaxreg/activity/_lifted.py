@@ -67,17 +67,19 @@ def _lifts(module: nn.Module) -> Counter[str]:
 
 
 class Calls:
-    """The method calls that are under way in one forward pass, the innermost last.
+    """The method calls that are under way in one run of a forward pass, the innermost last.
 
     Args:
         collects: whether the pass runs a module's `apply`, which returns its intermediates.
+        branches: for the branches in a module, which lie so deep, the places for what the others
+            measure, as far as earlier runs of the pass found them; more are added.
     """
 
-    def __init__(self, *, collects: bool):
+    def __init__(self, *, collects: bool, branches: dict[tuple[str, int], Measured]):
         self.collects = collects
         self._level = len(_under_way.get())
-        self._stack: list[Call] = []
-        self._branches: dict[tuple[str, int], Measured] = {}
+        self._stack = [Call()]
+        self._branches = branches
         self._grown = False
         self._taken: list[Any] = []
         self._traced: Counter[frozenset[str]] = Counter()  # what `nn.jit` has traced, to come
@@ -92,8 +94,6 @@ class Calls:
     @contextmanager
     def begin(self) -> Iterator[None]:
         """Begin the forward pass."""
-        self._stack, self._grown, self._taken, self._leaving = [Call()], False, [], None
-        self._traced, self._came = Counter(), set()
         token = _under_way.set((*_under_way.get(), self))
         try:
             yield
@@ -144,7 +144,7 @@ class Calls:
                 yield call.module, True
 
     def learned_branches(self) -> bool:
-        """Return whether this pass found measurements that other branches have to make room for."""
+        """Return whether this run found measurements that other branches have to make room for."""
         return self._grown
 
     def carry(self, module: Any, measured: Measured) -> None:

@@ -45,7 +45,8 @@ def run_apply(
     measured = merge(measured, sown)
     if not kwargs.get("capture_intermediates"):
         _require_measured(run, measured, set(_leaves(rest)) - set(_leaves(before)))
-    measured = _with_parameters(run.finish(measured), variables)
+    run.require_wins(measured)
+    measured = _with_parameters(measured, variables)
     if wanted is False:
         return out, measured
     kept = {name: state[name] for name in state if name != COLLECTION}
@@ -60,7 +61,8 @@ def run_function(
     """Run any function that calls Linen modules."""
     run, measured, out = _run(partial(forward, *args, **kwargs), new_pass, {}, collects=False)
     _require_no_parameters(measured)
-    return out, run.finish(measured)
+    run.require_wins(measured)
+    return out, measured
 
 
 def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[Any, Measured]:
@@ -89,8 +91,9 @@ def _run(
         collects: see `Calls`.
         keeps: whether anyone asked for what the modules sow of their own.
     """
-    calls = Calls(collects=collects)
+    branches: dict[tuple[str, int], Measured] = {}
     while True:
+        calls = Calls(collects=collects, branches=branches)
         run = new_pass(carry=calls.carry, modules=dict(modules))
         # A jitted module lets terms out in another way.
         run.key = (run.key, collects)

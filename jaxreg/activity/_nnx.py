@@ -86,7 +86,7 @@ def run_module(
             new = value is not before[id(node)].get(name)
             if new and not name.startswith(("_jaxreg", "_pytree")):
                 setattr(originals[id(node)], name, originals.get(id(value), value))
-    measured = run.finish(measured)
+    run.require_wins(measured)
     shared: set[int] = set()
     for path, node in copies:
         if inside and hasattr(originals[id(node)], "_jaxreg_path"):

@@ -15,6 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._checks import is_floating
 from jaxreg.rules import TOP, Rules
 from jaxreg.terms import Reduction, measure
 
@@ -123,7 +124,7 @@ class Pass:
         if penalty is None:
             return
         leaves = jax.tree.leaves(output)
-        floating = [x for x in leaves if _is_floating(x)]
+        floating = [x for x in leaves if is_floating(x)]
         if not floating:
             kinds = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
             raise TypeError(
@@ -146,8 +147,8 @@ class Pass:
         """The penalties, if they hold no arrays, of passes of this key, as in `penalized`."""
         return found_before("penalized", self.key)
 
-    def finish(self, measured: Measured) -> Measured:
-        """Return what came out of the pass, or raise a ValueError if a rule won nothing in it.
+    def require_wins(self, measured: Measured) -> None:
+        """Raise a ValueError if a rule won nothing of what came out of the pass.
 
         Rules are of activations: none wins a parameter.
         """
@@ -168,7 +169,6 @@ class Pass:
                 what="modules and sown values of the forward pass",
                 otherwise="which no `__call__` and no `sow` gave a value in this pass",
             )
-        return measured
 
 
 def merge(measured: Measured, more: Measured) -> Measured:
@@ -220,11 +220,6 @@ def found_before(*key: Hashable) -> dict[str, Any]:
 def trace() -> Any:
     """Return what identifies the JAX trace under way."""
     return get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
-
-
-def _is_floating(leaf: Any) -> bool:
-    number = isinstance(leaf, float | complex)
-    return number or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 _failures = types.SimpleNamespace(seen=0)

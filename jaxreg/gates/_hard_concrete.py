@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import HardConcrete
+from jaxreg.penalties._arithmetic import wide
 from jaxreg.penalties._checks import require_real
-
-from ._threshold import wide_dtype
 
 
 def hard_concrete(
@@ -61,9 +60,9 @@ def hard_concrete(
     """
     log_alpha = require_real("gates.hard_concrete", "log_alpha", log_alpha)
     HardConcrete(0, beta=beta, gamma=gamma, zeta=zeta)  # checks them
-    wide = log_alpha.astype(wide_dtype(log_alpha))
-    logits = wide + jax.random.logistic(key, wide.shape, wide.dtype)
-    soft = jax.nn.sigmoid(logits / jnp.asarray(beta, wide.dtype))
+    x = wide(log_alpha)
+    logits = x + jax.random.logistic(key, x.shape, x.dtype)
+    soft = jax.nn.sigmoid(logits / jnp.asarray(beta, x.dtype))
     return _stretch(soft, gamma, zeta).astype(log_alpha.dtype)
 
 
@@ -103,8 +102,7 @@ def hard_concrete_deterministic(
     """
     log_alpha = require_real("gates.hard_concrete_deterministic", "log_alpha", log_alpha)
     HardConcrete(0, gamma=gamma, zeta=zeta)  # checks them
-    wide = log_alpha.astype(wide_dtype(log_alpha))
-    return _stretch(jax.nn.sigmoid(wide), gamma, zeta).astype(log_alpha.dtype)
+    return _stretch(jax.nn.sigmoid(wide(log_alpha)), gamma, zeta).astype(log_alpha.dtype)
 
 
 def _stretch(s: jax.Array, gamma: ArrayLike, zeta: ArrayLike) -> jax.Array:

@@ -1,13 +1,13 @@
 """Gates that open above a learned threshold, with the derivative of a smoothed one."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxreg.penalties._checks import require, require_real
+from jaxreg.penalties._arithmetic import wide
+from jaxreg.penalties._checks import POSITIVE, require, require_real
 
 
 def step(x: ArrayLike, threshold: ArrayLike, *, bandwidth: ArrayLike) -> jax.Array:
@@ -141,8 +141,7 @@ def _thresholded(
         require_real(f"gates.{name}", "x", x),
         require_real(f"gates.{name}", "threshold", threshold),
     )
-    positive = "a positive, finite scalar"
-    require(f"gates.{name}(bandwidth=...)", bandwidth, positive, lambda e: 0 < e < math.inf)
+    require(f"gates.{name}(bandwidth=...)", bandwidth, *POSITIVE)
     try:
         fits = jnp.broadcast_shapes(x.shape, threshold.shape) == x.shape
     except ValueError:
@@ -153,15 +152,10 @@ def _thresholded(
             f" {threshold.shape} for x of shape {x.shape}."
         )
     # The gradient by the threshold adds up over examples in this dtype.
-    wide = jnp.promote_types(wide_dtype(x), wide_dtype(threshold))
+    dtype = jnp.promote_types(wide(x).dtype, wide(threshold).dtype)
     out: jax.Array = function(
-        x.astype(wide),
-        jnp.broadcast_to(threshold.astype(wide), x.shape),
-        jnp.asarray(bandwidth, wide),
+        x.astype(dtype),
+        jnp.broadcast_to(threshold.astype(dtype), x.shape),
+        jnp.asarray(bandwidth, dtype),
     )
     return out.astype(x.dtype)
-
-
-def wide_dtype(x: jax.Array) -> Any:
-    """Return the dtype to compute in: at least single precision."""
-    return jnp.float32 if x.dtype.itemsize < 4 else x.dtype

@@ -8,6 +8,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jaxreg.penalties._checks import require_choice
+
 
 def choose(
     op: str, implementation: str | None, wins: bool, reason: Callable[[], str | None]
@@ -24,11 +26,7 @@ def choose(
         ValueError: for an implementation that is not known.
         NotImplementedError: if the kernels were asked for and cannot run.
     """
-    if implementation not in (None, "xla", "mosaic_gpu"):
-        raise ValueError(
-            f"`jaxreg.ops.{op}(implementation=...)` must be None or one of 'xla', 'mosaic_gpu'; got"
-            f" {implementation!r}."
-        )
+    require_choice(f"ops.{op}(implementation=...)", implementation, (None, "xla", "mosaic_gpu"))
     if implementation == "xla" or (implementation is None and not wins):
         return False, None
     why = reason()

@@ -1,6 +1,7 @@
 """The few operations on arrays that many penalties share."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,9 +17,21 @@ def real_dtype(x: jax.Array) -> Any:
     return jnp.real(x).dtype
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """Return the array in its accumulation dtype: at least single precision."""
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
 def of_rank(ndim: int, array: jax.Array) -> jax.Array:
     """Return the array with axes of size 1 in front, for users who let JAX add none by itself."""
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
+def count_examples(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Return how many examples, along all axes but the last, `where` lets count."""
+    if where is None:
+        return jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
+    return jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
 
 
 def modulus(x: jax.Array) -> jax.Array:
@@ -31,6 +44,39 @@ def squared_modulus(x: jax.Array) -> jax.Array:
     """Return the squared modulus of each entry."""
     # The derivative of `jnp.square` is one product; that of x · x is two and a sum.
     return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def root(square: jax.Array) -> jax.Array:
+    """Return the square root, with derivative 0 at 0."""
+    # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return the norms of the vectors along `axes`, and the vectors divided by them.
+
+    No square overflows or vanishes. For a vector of zeros both are 0, and so are their derivatives.
+    """
+    scale, scaled = scaled_to_one(x, axes)
+    squares = jnp.sum(jnp.real(scaled * jnp.conj(scaled)), axis=axes, keepdims=True)
+    zero = squares == 0
+    norm = jnp.sqrt(jnp.where(zero, 1, squares))
+    return jnp.where(zero, 0, scale * norm), jnp.where(zero, 0, scaled / norm)
+
+
+def scaled_to_one(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return a scale, held constant, and the array divided by it, with largest moduli of about 1.
+
+    An inf makes itself NaN: it has no direction.
+    """
+    sizes = jnp.abs(jax.lax.stop_gradient(x))
+    largest = jnp.max(sizes, axis=axes, keepdims=True, initial=0)
+    # XLA multiplies by the reciprocal, and flushes it to 0 where it is subnormal.
+    limit = 1 / np.finfo(largest.dtype).tiny
+    scale = jnp.where((largest > limit) & ~jnp.isinf(largest), limit, largest)
+    scale = jnp.where(scale == 0, 1, scale)
+    return scale, x / scale
 
 
 def divide(total: jax.Array, count: jax.Array | np.ndarray[Any, Any] | None) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import divide, real_dtype
-from ._checks import check_step, require
+from ._arithmetic import count_examples, divide, real_dtype, wide
+from ._checks import NON_NEGATIVE, check_step, require
 from ._explicit import on_any_mesh
 from ._fields import array, positive, register, setting, static
 
@@ -58,7 +57,7 @@ class Penalty(abc.ABC):
 
     def __post_init__(self) -> None:
         for name in self.strengths:
-            self._require(name, "a finite, non-negative scalar", lambda s: 0 <= s < math.inf)
+            self._require(name, *NON_NEGATIVE)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if "requires" in field.metadata:
                 self._require(field.name, *field.metadata["requires"])
@@ -154,7 +153,7 @@ class Penalty(abc.ABC):
         """
         array = jnp.asarray(x)
         self.check(array, name)
-        return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
+        return wide(array)
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         """Raise if the penalty cannot take an array of this dtype and shape; `name` names it."""
@@ -267,17 +266,17 @@ class Statistic(Penalty):
     def sums(self, x: jax.Array, where: jax.Array | None) -> Any:
         """Return Σ m(x_i): a pytree of arrays, summed over every axis of `x` but the last."""
 
-    @abc.abstractmethod
     def of_means(self, means: Any) -> jax.Array:
-        """Return f, a scalar, given the sums divided by n; finite where they are all 0."""
+        """Return f, a scalar, given the sums divided by n; finite where they are all 0.
+
+        Without one of a subclass's own it is the identity: the penalty is a mean.
+        """
+        mean: jax.Array = means
+        return mean
 
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, jax.Array]:
         x = jnp.atleast_1d(x)
-        if where is None:
-            examples = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
-        else:
-            examples = jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
-        return self.sums(x, where), examples
+        return self.sums(x, where), count_examples(x, where)
 
     def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
         sums, examples = moments

@@ -1,5 +1,6 @@
 """What the settings of a penalty must satisfy, as far as they are concrete."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+NON_NEGATIVE = "a finite, non-negative scalar", lambda value: 0 <= value < math.inf
+POSITIVE = "a positive, finite scalar", lambda value: 0 < value < math.inf
 
 
 def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]) -> None:
@@ -35,6 +39,13 @@ def require_integer(argument: str, value: Any, *, least: int | None = None) -> N
         raise ValueError(f"`jaxreg.{argument}` must be {kind} integer; got {value!r}.")
 
 
+def require_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"`jaxreg.{argument}` must be one of {known}; got {value!r}.")
+
+
 def require_real(function: str, argument: str, value: ArrayLike) -> jax.Array:
     """Return the argument of a function as an array; raise unless it is real and floating-point."""
     array = jnp.asarray(value)
@@ -44,6 +55,12 @@ def require_real(function: str, argument: str, value: ArrayLike) -> jax.Array:
             f' "{argument}" of shape {array.shape}.'
         )
     return array
+
+
+def is_floating(value: Any) -> bool:
+    """Return whether this is a floating-point array, or a number that is one under `jit`."""
+    number = isinstance(value, float | complex)
+    return number or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def require_order(penalty: Any, low: str, high: str) -> None:

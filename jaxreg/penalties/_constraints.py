@@ -2,19 +2,19 @@
 
 import math
 from dataclasses import KW_ONLY
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax.projections
 from jax.typing import ArrayLike
 
-from ._arithmetic import of_rank
+from ._arithmetic import of_rank, polar
 from ._axes import check_axes, vector_axes
 from ._base import Constraint
 from ._checks import check_broadcasts, require_integer, require_order
 from ._fields import array, positive, static
-from ._norm_constraints import onto_ball, polar
+from ._norm_constraints import onto_ball
 from ._threshold import over_threshold
 
 
@@ -176,7 +176,22 @@ class L2Ball(Constraint):
         return onto_ball(x, tuple(range(x.ndim)), self.radius)
 
 
-class L1Ball(Constraint):
+class VectorConstraint(Constraint):
+    """A constraint on the vectors along `axis`, which a subclass declares; None is all axes."""
+
+    batch_axes: ClassVar[tuple[int, ...]] = ()
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        super().check(x, name)
+        check_axes(self, x, name)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes along which the entries make up one vector."""
+        whole = getattr(self, "axis") is None
+        return tuple(range(ndim)) if whole else vector_axes(self, ndim)
+
+
+class L1Ball(VectorConstraint):
     r"""Arrays, or vectors, the moduli of whose entries add up to at most a radius.
 
     $$ C = \Big\{x : \sum_i |x_i| \le r\Big\}, \qquad
@@ -212,21 +227,16 @@ class L1Ball(Constraint):
     axis: int | tuple[int, ...] | None = static(default=None)
 
     takes_complex: ClassVar[bool] = True
-    batch_axes: ClassVar[tuple[int, ...]] = ()
-
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
 
     def _project(self, x: jax.Array) -> jax.Array:
-        axes = _vector_axes(self, x.ndim)
+        axes = self.axes(x.ndim)
         sizes, directions = polar(x, ())
         radius = jnp.asarray(self.radius, sizes.dtype)
         within = jnp.sum(sizes, axis=axes, keepdims=True) <= radius
         return jnp.where(within, x, directions * over_threshold(sizes, axes, radius))
 
 
-class Simplex(Constraint):
+class Simplex(VectorConstraint):
     r"""Arrays, or vectors, of entries that are not negative and add up to a scale.
 
     $$ C = \Big\{x : x_i \ge 0, \sum_i x_i = s\Big\}, \qquad P(x)_i = \max(x_i - \tau, 0) $$
@@ -263,17 +273,11 @@ class Simplex(Constraint):
     _: KW_ONLY
     axis: int | tuple[int, ...] | None = static(default=None)
 
-    batch_axes: ClassVar[tuple[int, ...]] = ()
-
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
-
     def _project(self, x: jax.Array) -> jax.Array:
-        return over_threshold(x, _vector_axes(self, x.ndim), jnp.asarray(self.scale, x.dtype))
+        return over_threshold(x, self.axes(x.ndim), jnp.asarray(self.scale, x.dtype))
 
 
-class SparseTopK(Constraint):
+class SparseTopK(VectorConstraint):
     r"""Arrays, or vectors, with at most k entries that are not zero.
 
     $$ C = \{x : \lVert x \rVert_0 \le k\}, \qquad
@@ -312,7 +316,6 @@ class SparseTopK(Constraint):
     axis: int | tuple[int, ...] | None = static(default=None)
 
     takes_complex: ClassVar[bool] = True
-    batch_axes: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,8 +323,7 @@ class SparseTopK(Constraint):
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
-        check_axes(self, x, name)
-        length = math.prod(x.shape[axis] for axis in _vector_axes(self, x.ndim))
+        length = math.prod(x.shape[axis] for axis in self.axes(x.ndim))
         if x.size and self.k > length:
             raise ValueError(
                 f"`jaxreg.SparseTopK(k=...)` must be at most {length}, the number of entries of a"
@@ -331,7 +333,7 @@ class SparseTopK(Constraint):
     def _project(self, x: jax.Array) -> jax.Array:
         if x.size == 0:
             return x
-        axes = _vector_axes(self, x.ndim)
+        axes = self.axes(x.ndim)
         last = tuple(range(x.ndim - len(axes), x.ndim))
         moved = jnp.moveaxis(x, axes, last)
         vectors = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
@@ -340,8 +342,3 @@ class SparseTopK(Constraint):
         none = jnp.zeros(vectors.shape, bool)
         keep = jnp.put_along_axis(none, kept, True, axis=-1, inplace=False)
         return jnp.where(jnp.moveaxis(keep.reshape(moved.shape), last, axes), x, 0)
-
-
-def _vector_axes(constraint: Any, ndim: int) -> tuple[int, ...]:
-    """Return the axes along which the entries make up one vector: all for `axis=None`."""
-    return tuple(range(ndim)) if constraint.axis is None else vector_axes(constraint, ndim)

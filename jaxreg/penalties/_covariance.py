@@ -1,7 +1,6 @@
 """Penalties of the variances and covariances of features over examples."""
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import of_rank
+from ._arithmetic import count_examples, of_rank
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import positive
@@ -42,10 +41,7 @@ class Scatter(NamedTuple):
     def of(cls, x: jax.Array, where: jax.Array | None, gram: Gram) -> "Scatter":
         """Return the sums over every axis of `x` but the last."""
         axes = tuple(range(x.ndim - 1))
-        if where is None:
-            examples = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
-        else:
-            examples = jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
+        examples = count_examples(x, where)
         total = jnp.sum(x, axis=axes)
         centered = x - of_rank(x.ndim, total / jnp.maximum(examples, 1))
         if where is not None:

@@ -1,17 +1,18 @@
 """Penalties of the distance to a reference."""
 
 from dataclasses import KW_ONLY
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import of_rank, squared_modulus
+from ._arithmetic import of_rank, polar, squared_modulus
 from ._base import Penalty, Statistic
-from ._checks import check_broadcasts
+from ._checks import check_broadcasts, require_choice
 from ._fields import ArrayOrTree, array, positive, static
-from ._norm_constraints import polar
+
+Direction = Literal["forward", "reverse"]
 
 
 class L2To(Penalty):
@@ -129,15 +130,11 @@ class KLTo(Statistic):
     _: KW_ONLY
     reference: ArrayOrTree = array()
     temperature: ArrayLike = positive(default=1.0)
-    direction: Literal["forward", "reverse"] = static(default="forward")
+    direction: Direction = static(default="forward")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(
-                '`jaxreg.KLTo(direction=...)` must be "forward" or "reverse"; got'
-                f" {self.direction!r}."
-            )
+        require_choice("KLTo(direction=...)", self.direction, get_args(Direction))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
@@ -152,9 +149,6 @@ class KLTo(Statistic):
         possible = of != -jnp.inf
         log_ratio = jnp.where(possible, of, 0) - jnp.where(possible, to, 0)
         return temperature**2 * jnp.sum(jnp.exp(of) * log_ratio, where=where)
-
-    def of_means(self, means: jax.Array) -> jax.Array:
-        return means
 
 
 class Cosine(Statistic):
@@ -203,9 +197,6 @@ class Cosine(Statistic):
         (_, direction), (_, other) = polar(x, (-1,)), polar(reference, (-1,))
         cosines = jnp.sum(direction * other, axis=-1, keepdims=True)
         return jnp.sum(1 - cosines, where=where)
-
-    def of_means(self, means: jax.Array) -> jax.Array:
-        return means
 
 
 def _counted(array: jax.Array, where: jax.Array | None) -> jax.Array:

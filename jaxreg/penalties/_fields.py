@@ -1,11 +1,12 @@
 """How a penalty's fields are declared, and which of them are leaves of the pytree."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+
+from ._checks import POSITIVE
 
 ArrayOrTree: TypeAlias = Any  # JAX has no type for trees.
 
@@ -22,7 +23,7 @@ def setting(what: str, holds: Callable[[float], bool], **kwargs: Any) -> Any:
 
 def positive(**kwargs: Any) -> Any:
     """Declare a leaf that is a positive, finite scalar."""
-    return setting("a positive, finite scalar", lambda value: 0 < value < math.inf, **kwargs)
+    return setting(*POSITIVE, **kwargs)
 
 
 def array(**kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import divide, modulus, of_rank, real_dtype, squared_modulus
+from ._arithmetic import modulus, of_rank, real_dtype, root, squared_modulus
 from ._axes import check_axes, vector_axes
 from ._base import Penalty
 from ._fields import setting, static
@@ -111,16 +111,16 @@ class GroupLasso(Grouped):
     def sums(
         self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        return _squares(x, axes), _size(x, axes, where)
+        return group_squares(x, axes), group_size(x, axes, where)
 
     def of_sums(self, sums: tuple[jax.Array, jax.Array]) -> jax.Array:
         squares, size = sums
-        return jnp.sum(self._weight(size) * _root(squares))
+        return jnp.sum(self._weight(size) * root(squares))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         axes = vector_axes(self, x.ndim)
-        norm = _root(_squares(x, axes))
-        threshold = step * self.strength * self._weight(_size(x, axes, None))
+        norm = root(group_squares(x, axes))
+        threshold = step * self.strength * self._weight(group_size(x, axes, None))
         # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
         zero = (norm <= threshold) & (threshold > 0)
         return jnp.where(zero, 0, x * (1 - threshold / jnp.where(zero | (norm == 0), 1, norm)))
@@ -129,7 +129,7 @@ class GroupLasso(Grouped):
         return jnp.sqrt(size) if self.weighted else jnp.ones_like(size)
 
 
-class SparseGroupLasso(Penalty):
+class SparseGroupLasso(Grouped):
     r"""Zeroes groups of entries, and entries within the groups that are left.
 
     $$ R(w) = s \Big( \alpha \sum_i |w_i|
@@ -167,30 +167,22 @@ class SparseGroupLasso(Penalty):
         Graphical Statistics 22(2), 2013.
     """
 
-    strength: ArrayLike
     _: KW_ONLY
     alpha: ArrayLike = setting("a scalar in [0, 1]", lambda alpha: 0 <= alpha <= 1)
-    axis: int | tuple[int, ...] | None = static(default=None)
-    batch_axes: int | tuple[int, ...] = static(default=())
     weighted: bool = static(default=True)
 
     takes_complex: ClassVar[bool] = True
 
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
+    def sums(
+        self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        absolute = jnp.sum(modulus(x), axis=axes, keepdims=True)
+        return absolute, self._groups.sums(x, axes, where)
 
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        return jnp.sum(modulus(x), where=where), self._groups.moments(x, where)
-
-    def finish(self, moments: tuple[jax.Array, Any], count: jax.Array | None) -> jax.Array:
-        entries, groups = moments
-        alpha = jnp.asarray(self.alpha, entries.dtype)
-        mixed = alpha * entries + (1 - alpha) * self._groups.finish(groups, None)
-        return divide(jnp.asarray(self.strength, mixed.dtype) * mixed, count)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return vector_axes(self, ndim)
+    def of_sums(self, sums: tuple[jax.Array, Any]) -> jax.Array:
+        absolute, groups = sums
+        alpha = jnp.asarray(self.alpha, absolute.dtype)
+        return alpha * jnp.sum(absolute) + (1 - alpha) * self._groups.of_sums(groups)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale = step * self.strength
@@ -302,19 +294,14 @@ class ExclusiveLasso(Grouped):
         return jnp.where(jnp.isinf(x), x, jnp.where(left == 0, 0, jnp.sign(x) * left))
 
 
-def _squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def group_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Return the sum of the squared moduli of each group."""
     return jnp.sum(squared_modulus(x), axis=axes, keepdims=True)
 
 
-def _size(x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
+def group_size(x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
     """Return how many entries make up a group; of each group where some do not count."""
     if where is None:
         return jnp.asarray(math.prod(x.shape[axis] for axis in axes), real_dtype(x))
     counts = jnp.broadcast_to(where, x.shape)
     return jnp.sum(counts, axis=axes, keepdims=True, dtype=real_dtype(x))
-
-
-def _root(square: jax.Array) -> jax.Array:
-    # The derivative of the root is infinite at 0, and 0 · inf would be NaN.
-    zero = square == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ._arithmetic import modulus
 from ._axes import batch_axes
-from ._group import Grouped, _size, _squares
+from ._group import Grouped, group_size, group_squares
 
 
 class Hoyer(Grouped):
@@ -27,7 +27,7 @@ class Hoyer(Grouped):
         self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         absolute = jnp.sum(modulus(x), axis=axes, keepdims=True)
-        return absolute, _squares(x, axes), _size(x, axes, where)
+        return absolute, group_squares(x, axes), group_size(x, axes, where)
 
 
 class HoyerSquare(Hoyer):

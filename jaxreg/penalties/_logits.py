@@ -19,9 +19,6 @@ class MeanOverTokens(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         return jnp.sum(self.of_token(x), where=where)
 
-    def of_means(self, means: jax.Array) -> jax.Array:
-        return means
-
 
 class SquaredNormalizer(MeanOverTokens):
     """The mean over tokens of the squared logarithm of the softmax's normalizer."""

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import matmul, modulus
+from ._arithmetic import matmul, modulus, polar
 from ._axes import as_matrices, batch_axes, check_matrices
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import static
-from ._norm_constraints import polar
 
 
 class Matrix(Penalty):

@@ -5,17 +5,28 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
+from ._arithmetic import polar, scaled_to_one
 from ._axes import as_matrices, check_axes, check_matrices, vector_axes
 from ._base import Constraint
-from ._checks import require_order
+from ._checks import NON_NEGATIVE, require_order
 from ._fields import positive, setting, static
 from ._singular_values import map_singular_values
 
 
-class MaxNorm(Constraint):
+class NormConstraint(Constraint):
+    """A constraint on the norm of each vector; a subclass declares `axis` and `batch_axes`."""
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        super().check(x, name)
+        check_axes(self, x, name)
+
+    def step_axes(self, ndim: int) -> tuple[int, ...]:
+        return vector_axes(self, ndim)
+
+
+class MaxNorm(NormConstraint):
     r"""Vectors whose Euclidean norm is at most a maximum.
 
     $$ C = \{w : \lVert w_g \rVert_2 \le m\}, \qquad
@@ -52,18 +63,11 @@ class MaxNorm(Constraint):
 
     takes_complex: ClassVar[bool] = True
 
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return vector_axes(self, ndim)
-
     def _project(self, x: jax.Array) -> jax.Array:
         return onto_ball(x, vector_axes(self, x.ndim), self.max_norm)
 
 
-class UnitNorm(Constraint):
+class UnitNorm(NormConstraint):
     r"""Vectors whose Euclidean norm is one.
 
     $$ C = \{w : \lVert w_g \rVert_2 = 1\}, \qquad P(w)_g = \frac{w_g}{\lVert w_g \rVert_2} $$
@@ -98,19 +102,12 @@ class UnitNorm(Constraint):
 
     takes_complex: ClassVar[bool] = True
 
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return vector_axes(self, ndim)
-
     def _project(self, x: jax.Array) -> jax.Array:
         _, direction = polar(x, vector_axes(self, x.ndim))
         return direction
 
 
-class MinMaxNorm(Constraint):
+class MinMaxNorm(NormConstraint):
     r"""Vectors whose Euclidean norm lies in a range.
 
     $$ C = \{w : l \le \lVert w_g \rVert_2 \le u\}, \qquad
@@ -148,7 +145,7 @@ class MinMaxNorm(Constraint):
         Chollet et al., Keras, https://keras.io/api/layers/constraints, 2015.
     """
 
-    min_norm: ArrayLike = setting("a finite, non-negative scalar", lambda norm: 0 <= norm < np.inf)
+    min_norm: ArrayLike = setting(*NON_NEGATIVE)
     max_norm: ArrayLike = positive()
     _: KW_ONLY
     rate: ArrayLike = setting("a scalar in [0, 1]", lambda rate: 0 <= rate <= 1, default=1.0)
@@ -160,13 +157,6 @@ class MinMaxNorm(Constraint):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self, "min_norm", "max_norm")
-
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_axes(self, x, name)
-
-    def step_axes(self, ndim: int) -> tuple[int, ...]:
-        return vector_axes(self, ndim)
 
     def _project(self, x: jax.Array) -> jax.Array:
         norm, direction = polar(x, vector_axes(self, x.ndim))
@@ -225,7 +215,7 @@ class Orthonormal(Constraint):
     def _project(self, x: jax.Array) -> jax.Array:
         matrices, back = as_matrices(self, x)
         # The scale changes nothing but what overflows.
-        _, scaled = _scaled(matrices, (1, 2))
+        _, scaled = scaled_to_one(matrices, (1, 2))
         return back(map_singular_values(_ones, scaled, jnp.zeros(())))
 
 
@@ -238,29 +228,3 @@ def onto_ball(x: jax.Array, axes: tuple[int, ...], radius: ArrayLike) -> jax.Arr
     norm, direction = polar(x, axes)
     limit = jnp.asarray(radius, norm.dtype)
     return jnp.where(norm <= limit, x, limit * direction)
-
-
-def polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return the norms of the vectors along `axes`, and the vectors divided by them.
-
-    No square overflows or vanishes. For a vector of zeros both are 0, and so are their derivatives.
-    """
-    scale, scaled = _scaled(x, axes)
-    squares = jnp.sum(jnp.real(scaled * jnp.conj(scaled)), axis=axes, keepdims=True)
-    zero = squares == 0
-    root = jnp.sqrt(jnp.where(zero, 1, squares))
-    return jnp.where(zero, 0, scale * root), jnp.where(zero, 0, scaled / root)
-
-
-def _scaled(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return a scale, held constant, and the array divided by it, with largest moduli of about 1.
-
-    An inf makes itself NaN: it has no direction.
-    """
-    sizes = jnp.abs(jax.lax.stop_gradient(x))
-    largest = jnp.max(sizes, axis=axes, keepdims=True, initial=0)
-    # XLA multiplies by the reciprocal, and flushes it to 0 where it is subnormal.
-    limit = 1 / np.finfo(largest.dtype).tiny
-    scale = jnp.where((largest > limit) & ~jnp.isinf(largest), limit, largest)
-    scale = jnp.where(scale == 0, 1, scale)
-    return scale, x / scale

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import modulus
+from ._arithmetic import modulus, root
 from ._axes import check_axes, vector_axes
 from ._base import Penalty
 from ._checks import require_integer
 from ._explicit import partitioned
 from ._fields import static
-from ._group import _root
 from ._total_variation import prox_total_variation
 
 
@@ -127,7 +126,7 @@ class TotalVariation(Ordered):
         for d in differences:
             padding = [(0, size - own) for size, own in zip(x.shape, d.shape, strict=True)]
             squares += jnp.pad(jnp.square(d), padding)
-        return jnp.sum(_root(squares))
+        return jnp.sum(root(squares))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         axes = vector_axes(self, x.ndim)

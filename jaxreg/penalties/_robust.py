@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from ._arithmetic import modulus
 from ._base import Separable
-from ._checks import require_order
+from ._checks import require_choice, require_order
 from ._fields import positive, setting, static
 
 
@@ -142,8 +142,7 @@ class RangeHinge(Separable):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self, "lower", "upper")
-        if self.power not in (1, 2):
-            raise ValueError(f"`jaxreg.RangeHinge(power=...)` must be 1 or 2; got {self.power!r}.")
+        require_choice("RangeHinge(power=...)", self.power, (1, 2))
 
     def phi(self, x: jax.Array) -> jax.Array:
         return modulus(self._excess(x)) if self.power == 1 else jnp.square(self._excess(x))

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from ._arithmetic import scaled_to_one
 from ._base import Statistic
-from ._checks import require_integer
+from ._checks import require_choice, require_integer
 from ._fields import static
-from ._norm_constraints import _scaled
 
 Scores = Literal["softmax", "sigmoid"]
 
@@ -54,7 +54,7 @@ class ImportanceCV(Statistic):
         unused = jnp.all(means == 0)
         # Their scale counts for nothing, and would underflow in the square of the mean, which the
         # derivative divides by.
-        _, means = _scaled(means, (0,))
+        _, means = scaled_to_one(means, (0,))
         relative = means / jnp.where(unused, 1, jnp.sum(means) / experts)
         return jnp.where(unused, 0, jnp.sum(jnp.square(relative - 1)) / experts)
 
@@ -259,7 +259,7 @@ class TopKLoadBalance(LoadBalance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer(f"{type(self).__name__}(k=...)", self.k, least=1)
+        require_integer("TopKLoadBalance(k=...)", self.k, least=1)
 
     def convention(self, experts: int) -> tuple[int, float]:
         return self.k, experts
@@ -313,12 +313,8 @@ class DeepSeekLoadBalance(LoadBalance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer(f"{type(self).__name__}(k=...)", self.k, least=1)
-        if self.scores not in get_args(Scores):
-            known = " or ".join(map(repr, get_args(Scores)))
-            raise ValueError(
-                f"`jaxreg.DeepSeekLoadBalance(scores=...)` must be {known}; got {self.scores!r}."
-            )
+        require_integer("DeepSeekLoadBalance(k=...)", self.k, least=1)
+        require_choice("DeepSeekLoadBalance(scores=...)", self.scores, get_args(Scores))
 
     def convention(self, experts: int) -> tuple[int, float]:
         return self.k, experts / self.k

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._arithmetic import matmul, of_rank
+from ._arithmetic import matmul, of_rank, root, scaled_to_one
 from ._axes import as_matrices, vector_axes
-from ._checks import check_broadcasts
+from ._checks import check_broadcasts, require_choice
 from ._explicit import on_any_mesh
 from ._fields import array, static
-from ._group import _root
 from ._matrix import Matrix, gram
-from ._norm_constraints import _scaled
 from ._singular_values import map_singular_values, svd
 
 Method = Literal["svd", "polar"]
@@ -223,11 +221,7 @@ class Nuclear(_Spectral):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in get_args(Method):
-            known = ", ".join(map(repr, get_args(Method)))
-            raise ValueError(
-                f"`jaxreg.Nuclear(method=...)` must be one of {known}; got {self.method!r}."
-            )
+        require_choice("Nuclear(method=...)", self.method, get_args(Method))
 
     def of_matrices(self, w: jax.Array) -> jax.Array:
         return _nuclear_norm(w)
@@ -238,12 +232,12 @@ class Nuclear(_Spectral):
 
 def _stretch(w: jax.Array, v: jax.Array) -> jax.Array:
     """Return ‖W v‖ of each matrix."""
-    return _root(jnp.sum(jnp.square(matmul(w, v)), axis=(-2, -1)))
+    return root(jnp.sum(jnp.square(matmul(w, v)), axis=(-2, -1)))
 
 
 def _unit(v: jax.Array, otherwise: ArrayLike) -> jax.Array:
     """Return vectors [batch, entries, 1] divided by their norms; `otherwise` where that is 0."""
-    norm = _root(jnp.sum(jnp.square(v), axis=-2, keepdims=True))
+    norm = root(jnp.sum(jnp.square(v), axis=-2, keepdims=True))
     return jnp.where(norm == 0, otherwise, v / jnp.where(norm == 0, 1, norm))
 
 
@@ -324,7 +318,7 @@ def _soft_thresholded(method: Method, w: jax.Array, threshold: jax.Array) -> jax
     if w.shape[-2] < w.shape[-1]:
         return _soft_thresholded(method, w.mT, threshold).mT
     # Fourth powers must not overflow. No entry is then above 4, and no σ_1 above 4 m n.
-    scale, w = _scaled(w, (1, 2))
+    scale, w = scaled_to_one(w, (1, 2))
     threshold = jnp.minimum(threshold / scale, 4 * w.shape[-2] * w.shape[-1])
     # With W = QH, H positive semidefinite: U (Σ − τ)₊ Vᵀ = ½ Q (H − τ) (1 + sign(H − τ)). Where a
     # singular value is below τ, Q need not be accurate: that is where the last factor is 0.
@@ -349,7 +343,7 @@ def _polar(w: jax.Array, resolved: jax.Array) -> jax.Array:
     Singular values below `resolved` become such in [0, 1], not 1.
     """
     # Σσ⁴ bounds the largest σ⁴.
-    bound = jnp.sqrt(_root(jnp.sum(jnp.square(gram(w)), axis=(-2, -1), keepdims=True)))
+    bound = jnp.sqrt(root(jnp.sum(jnp.square(gram(w)), axis=(-2, -1), keepdims=True)))
     bound = jnp.where(bound == 0, 1, bound)
     epsilon = _epsilon(w)
 

@@ -46,9 +46,6 @@ class ActivationNorm(Statistic):
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
         return jnp.sum(jnp.square(x), where=where) / max(x.shape[-1], 1)
 
-    def of_means(self, means: jax.Array) -> jax.Array:
-        return means
-
 
 class Temporal(Penalty):
     """A penalty of the differences of successive steps.

@@ -119,7 +119,7 @@ def test_bad_operands_are_named():
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), activation=lambda z: z.sum(-1))
     with pytest.raises(ValueError, match="A reduction must be one of"):
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), reduction="average")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"must be None or one of 'xla', 'mosaic_gpu'; got 'cuda'"):
+    with pytest.raises(ValueError, match=r"must be one of None, 'xla', 'mosaic_gpu'; got 'cuda'"):
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), implementation="cuda")
 
 

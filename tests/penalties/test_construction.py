@@ -252,7 +252,7 @@ def test_float8_is_added_up_in_float32():
         (lambda: jr.CappedL1(1.0, cap=0.0), "`jaxreg.CappedL1(cap=...)` must be a positive"),
         (lambda: jr.RangeHinge(1.0, lower=2.0, upper=1.0), "must be in this order; got lower=2.0"),
         (lambda: jr.RangeHinge(1.0, upper=float("nan")), "`jaxreg.RangeHinge(upper=...)` must be"),
-        (lambda: jr.RangeHinge(1.0, power=3), "`jaxreg.RangeHinge(power=...)` must be 1 or 2"),
+        (lambda: jr.RangeHinge(1.0, power=3), "`jaxreg.RangeHinge(power=...)` must be one of 1, 2"),
     ],
 )
 def test_settings_out_of_range_are_an_error(build, message):

@@ -168,7 +168,7 @@ def test_temperature_is_a_leaf_and_the_direction_is_not():
     assert jax.tree.leaves(penalty) == [0.5, 1.0, 2.0]
     with pytest.raises(ValueError, match=re.escape("KLTo(temperature=...)` must be a positive")):
         jr.KLTo(1.0, reference=TEACHER, temperature=0.0)
-    message = '`jaxreg.KLTo(direction=...)` must be "forward" or "reverse"; got \'sideways\'.'
+    message = "`jaxreg.KLTo(direction=...)` must be one of 'forward', 'reverse'; got 'sideways'."
     with pytest.raises(ValueError, match=re.escape(message)):
         jr.KLTo(1.0, reference=TEACHER, direction="sideways")  # type: ignore[arg-type]
 

@@ -209,7 +209,7 @@ def test_more_choices_than_experts_are_an_error(penalty):
 
 
 def test_unknown_scores_are_an_error():
-    message = "`jaxreg.DeepSeekLoadBalance(scores=...)` must be 'softmax' or 'sigmoid'; got 'relu'."
+    message = "(scores=...)` must be one of 'softmax', 'sigmoid'; got 'relu'."
     with pytest.raises(ValueError, match=re.escape(message)):
         jr.DeepSeekLoadBalance(1.0, k=1, scores="relu")  # type: ignore[arg-type]
 

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxreg.penalties._checks import require, require_integer, require_real
+from jaxreg.penalties._checks import (
+    NON_NEGATIVE,
+    require,
+    require_choice,
+    require_integer,
+    require_real,
+)
 from jaxreg.terms import AxisName
 
 from . import _check as check
@@ -124,7 +130,7 @@ def linear_cross_entropy(
             f"`jaxreg.{NAME}(bias=...)` must be of shape ({block},), one for each word; got"
             f" {bias.shape}."
         )
-    require(f"{NAME}(z_loss=...)", z_loss, "a finite, non-negative scalar", check.is_non_negative)
+    require(f"{NAME}(z_loss=...)", z_loss, *NON_NEGATIVE)
     smoothing = check.number("label_smoothing", label_smoothing, "in [0, 1)", lambda e: 0 <= e < 1)
     if soft_cap is not None:
         soft_cap = check.number("soft_cap", soft_cap, "positive", lambda c: 0 < c < math.inf)
@@ -132,8 +138,9 @@ def linear_cross_entropy(
         require_integer(f"{NAME}(chunk=...)", chunk, least=1)
     if ignore_index is not None:
         require_integer(f"{NAME}(ignore_index=...)", ignore_index)
-    check.choice("reduction", reduction, ("mean", "sum", "none"))
-    check.choice("implementation", implementation, (None, "chunked", "reference"))
+    require_choice(f"{NAME}(reduction=...)", reduction, ("mean", "sum", "none"))
+    implementations = (None, "chunked", "reference")
+    require_choice(f"{NAME}(implementation=...)", implementation, implementations)
     if implementation == "reference" and vocab_axis_name is not None:
         raise NotImplementedError(check.WHOLE)
 

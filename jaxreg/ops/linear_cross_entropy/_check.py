@@ -1,6 +1,5 @@
 """What the arguments must be: checked once, when the function is traced."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxreg.penalties._checks import require
+from jaxreg.penalties._checks import require, require_choice
 
 NAME = "ops.linear_cross_entropy"
 WHOLE = (
@@ -82,7 +81,7 @@ def labels(labels: ArrayLike, hidden: jax.Array) -> jax.Array:
 
 def words(hidden: jax.Array, weight: jax.Array, layout: str | None) -> int:
     """Return the axis of the weight that the vocabulary lies along."""
-    choice("layout", layout, (None, "DV", "VD"))
+    require_choice(f"{NAME}(layout=...)", layout, (None, "DV", "VD"))
     size, shape = hidden.shape[-1], weight.shape
     fits = [
         name
@@ -110,15 +109,3 @@ def number(argument: str, value: Any, what: str, holds: Any) -> float:
         )
     require(f"{NAME}({argument}=...)", value, what, holds)
     return float(value)
-
-
-def choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"`jaxreg.{NAME}({argument}=...)` must be one of {', '.join(map(repr, choices))}; got"
-            f" {value!r}."
-        )
-
-
-def is_non_negative(value: float) -> bool:
-    return 0 <= value < math.inf
