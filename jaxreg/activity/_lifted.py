@@ -81,6 +81,7 @@ class Calls:
         self._stack = [Call()]
         self._branches = branches
         self._grown = False
+        self._root: Any = None  # the scope of the model that the pass runs
         self._taken: list[Any] = []
         self._traced: Counter[frozenset[str]] = Counter()  # what `nn.jit` has traced, to come
         self._came: set[frozenset[str]] = set()
@@ -104,6 +105,8 @@ class Calls:
     def entered(self, module: nn.Module, *, is_call: bool) -> Iterator[Call]:
         """Make a method call the innermost one."""
         call = Call.of(module, is_call=is_call)
+        if self._root is None and module.scope is not None and _collects(module.scope):
+            self._root = module.scope.root
         self._stack.append(call)
         self._leaving = None
         try:
@@ -143,6 +146,13 @@ class Calls:
             elif scope and own and scope.path == own.path and call.lifts < _lifts(module):
                 yield call.module, True
 
+    def _is_anothers(self, call: Call) -> bool:
+        """Return whether a call is one of another model, which is applied inside this one."""
+        scope = call.module.scope if call.module is not None else None
+        if scope is None or call.lifts:  # lifted scopes have roots of their own
+            return False
+        return not _collects(scope) or scope.root != self._root
+
     def learned_branches(self) -> bool:
         """Return whether this run found measurements that other branches have to make room for."""
         return self._grown
@@ -160,7 +170,7 @@ class Calls:
         """Hand what was measured in a call to its caller; return what the call is to return."""
         caller = self.innermost
         measured, sown = only_measured(call.measured), call.measured
-        if measured and self.collects and _is_anothers(call):
+        if measured and self.collects and self._is_anothers(call):
             raise ValueError(
                 f"{_cannot(measured)}: it is another model's, which is applied inside this one. A"
                 " rule that maps its path to None exempts it."
@@ -392,10 +402,10 @@ def only_measured(measured: Measured) -> Measured:
     return {path: calls for path, calls in measured.items() if calls}
 
 
-def _is_anothers(call: Call) -> bool:
-    """Return whether a call is one of a model that was applied without our collection."""
-    scope = call.module.scope if call.module is not None else None
-    return scope is not None and not call.lifts and not scope.is_mutable_collection(COLLECTION)
+def _collects(scope: Any) -> bool:
+    """Return whether what is sown in a scope comes out of it."""
+    collects: bool = scope.is_mutable_collection(COLLECTION)
+    return collects
 
 
 def _sow(call: Call, measured: Measured) -> bool:

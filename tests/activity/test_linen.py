@@ -638,19 +638,22 @@ def test_a_value_without_a_penalty_of_its_own_has_that_of_a_rule():
 class Distilled(nn.Module):
     """Applies another model, whose paths could be its own."""
 
+    mutable: Any = False
+
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(5, name="student")(x), MODEL.apply(VARIABLES, x)
+        return nn.Dense(5, name="student")(x), MODEL.apply(VARIABLES, x, mutable=self.mutable)
 
 
 DISTILLED = {"params": {"student": VARIABLES["params"]["encoder"]}}
 
 
+@pytest.mark.parametrize("mutable", [False, ["intermediates"]], ids=["bare", "collecting"])
 @pytest.mark.parametrize("path", [".", "encoder", "code"])
-def test_a_term_of_another_model_that_is_applied_inside_is_an_error(path):
+def test_a_term_of_another_model_that_is_applied_inside_is_an_error(path, mutable):
     message = rf'cannot carry the term "{re.escape(path)}": it is another model\'s.*exempts it'
     with pytest.raises(ValueError, match=message):
-        jr.activity({path: jr.L1(1.0)})(Distilled().apply)(DISTILLED, X)
+        jr.activity({path: jr.L1(1.0)})(Distilled(mutable).apply)(DISTILLED, X)
 
 
 def test_a_model_may_apply_another_that_no_rule_penalizes():

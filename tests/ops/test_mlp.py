@@ -112,7 +112,9 @@ def test_bad_operands_are_named():
         run(x, w1, b1, w2.astype(int), b2)
     with pytest.raises(TypeError, match=r"mlp\(penalty=\.\.\.\)` must be a Penalty; got 0\.1"):
         run(x, w1, b1, w2, b2, penalty=0.1)
-    with pytest.raises(ValueError, match=r"ops\.mlp\(implementation.*one of None, 'xla', 'mosaic_gpu'"):
+    with pytest.raises(
+        ValueError, match=r"ops\.mlp\(implementation.*one of None, 'xla', 'mosaic_gpu'"
+    ):
         run(x, w1, b1, w2, b2, implementation="cuda")
 
 
