@@ -113,8 +113,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Results",
         "Written by `python -m benchmarks`; do not edit. A ratio is the median of rounds that are"
-        " interleaved in one process, ± half of its interquartile range; where that range holds 1,"
-        " there is no difference.",
+        " interleaved in one process, ± half of its interquartile range; where the quartiles"
+        " lie on both sides of 1, there is no difference.",
     ]
     for claim, result in results.items():
         ran = result["about"]

@@ -118,8 +118,9 @@ def test_hard_concrete_settings_out_of_range(settings, message):
     ]
     if "beta" not in settings:
         calls.append(lambda: jr.gates.hard_concrete_deterministic(jnp.zeros(2), **settings))
-    for call in calls:
-        with pytest.raises(ValueError, match=re.escape("`jaxreg.HardConcrete" + message)):
+    names = "HardConcrete", "gates.hard_concrete", "gates.hard_concrete_deterministic"
+    for call, name in zip(calls, names, strict=False):
+        with pytest.raises(ValueError, match=re.escape(f"`jaxreg.{name}{message}")):
             call()
 
 

@@ -1,12 +1,14 @@
 """Hard concrete gates, whose zeros are exact and whose number can be differentiated."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.penalties import HardConcrete
 from jaxreg.penalties._arithmetic import wide
-from jaxreg.penalties._checks import require_real
+from jaxreg.penalties._checks import require, require_real
 
 
 def hard_concrete(
@@ -59,7 +61,7 @@ def hard_concrete(
         ICLR, arXiv:1712.01312, 2018.
     """
     log_alpha = require_real("gates.hard_concrete", "log_alpha", log_alpha)
-    HardConcrete(0, beta=beta, gamma=gamma, zeta=zeta)  # checks them
+    _check("hard_concrete", beta=beta, gamma=gamma, zeta=zeta)
     x = wide(log_alpha)
     logits = x + jax.random.logistic(key, x.shape, x.dtype)
     soft = jax.nn.sigmoid(logits / jnp.asarray(beta, x.dtype))
@@ -101,8 +103,16 @@ def hard_concrete_deterministic(
         ICLR, arXiv:1712.01312, 2018.
     """
     log_alpha = require_real("gates.hard_concrete_deterministic", "log_alpha", log_alpha)
-    HardConcrete(0, gamma=gamma, zeta=zeta)  # checks them
+    _check("hard_concrete_deterministic", gamma=gamma, zeta=zeta)
     return _stretch(jax.nn.sigmoid(wide(log_alpha)), gamma, zeta).astype(log_alpha.dtype)
+
+
+def _check(function: str, **settings: ArrayLike) -> None:
+    """Raise unless these are settings that their penalty takes."""
+    for field in dataclasses.fields(HardConcrete):
+        if field.name in settings:
+            argument = f"gates.{function}({field.name}=...)"
+            require(argument, settings[field.name], *field.metadata["requires"])
 
 
 def _stretch(s: jax.Array, gamma: ArrayLike, zeta: ArrayLike) -> jax.Array:

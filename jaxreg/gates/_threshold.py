@@ -17,8 +17,9 @@ def step(x: ArrayLike, threshold: ArrayLike, *, bandwidth: ArrayLike) -> jax.Arr
        {\epsilon}\right), \qquad \frac{\eth}{\eth x} = 0, \qquad
        K(u) = \begin{cases} 1 & |u| < \tfrac12 \\ 0 & \text{otherwise} \end{cases} $$
 
-    Added up over features it is the L0 penalty of JumpReLU autoencoders. Add it up by `jnp.sum`,
-    and not by `jaxreg.L1`, whose gradient is 0 where the step is 0.
+    Added up over features it is the L0 penalty of JumpReLU autoencoders. Add it up by `jnp.sum`, or
+    inside a module, by `jaxreg.sow`, with a penalty that adds up; not by `jaxreg.L1`, whose
+    gradient is 0 where the step is 0.
 
     Args:
         x: pre-activations.
@@ -48,6 +49,11 @@ def step(x: ArrayLike, threshold: ArrayLike, *, bandwidth: ArrayLike) -> jax.Arr
         >>> value, gradient = jax.value_and_grad(l0)(threshold)
         >>> float(value), gradient.tolist()
         (1.0, [-2.0, 0.0])
+        >>> class Total(jr.penalties.Separable):
+        ...     def phi(self, x):
+        ...         return x
+        >>> float(jr.penalize(jr.gates.step(x, threshold, bandwidth=0.5), Total(0.1)))
+        0.10000000149011612
 
     References:
         Rajamanoharan et al., Jumping ahead: improving reconstruction fidelity with JumpReLU sparse

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ._arithmetic import count_examples, divide, real_dtype, wide
@@ -56,11 +57,15 @@ class Penalty(abc.ABC):
         register(cls)
 
     def __post_init__(self) -> None:
-        for name in self.strengths:
-            self._require(name, *NON_NEGATIVE)
+        required = dict.fromkeys(self.strengths, NON_NEGATIVE)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if "requires" in field.metadata:
-                self._require(field.name, *field.metadata["requires"])
+                required[field.name] = field.metadata["requires"]
+        for name, (what, holds) in required.items():
+            self._require(name, what, holds)
+            # JAX would not take the derivative by an integer.
+            if isinstance(value := getattr(self, name), int | np.integer):
+                object.__setattr__(self, name, float(value))
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Return the value at `x`.

@@ -241,3 +241,60 @@ def test_penalize_is_the_arithmetic_of_an_activity(reduction):
     chex.assert_trees_all_close(
         *(jax.jit(jax.value_and_grad(loss))(PARAMS) for loss in (ours, plain)), rtol=1e-6
     )
+
+
+def test_each_layers_and_each_steps_value_can_be_read():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(3, name="dense")(x), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = nn.scan(
+                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
+            return lifted(name="layers")(x, None)[0]
+
+    variables = Model().init(jax.random.key(0), X)
+    forward = jr.activity({"layers/dense": jr.L1(0.5)})(Model().apply)
+    expected, x = [], X
+    for kernel in variables["params"]["layers"]["dense"]["kernel"]:
+        x = x @ kernel
+        expected.append(0.5 * jnp.sum(jnp.abs(x)) / len(x))
+    terms = forward(variables, X)[1]
+    (call,) = terms.measurements["layers/dense"]
+    layers = jax.vmap(lambda call: call.value)(call)
+    np.testing.assert_allclose(layers, expected, rtol=1e-5)
+    _, stacked = jax.lax.scan(lambda _, x: (_, forward(variables, x)[1]), None, X.reshape(2, -1, 3))
+    steps = jax.vmap(lambda terms: terms.as_dict())(stacked)["layers/dense"]
+    expected = [forward(variables, x)[1].total for x in X.reshape(2, -1, 3)]
+    np.testing.assert_allclose(steps, expected, rtol=1e-5)
+
+
+def test_activities_with_masks_of_their_own():
+    first, second = jnp.arange(len(X)) < 1, jnp.arange(len(X)) < 2
+    model = nn.Sequential([nn.Dense(4), nn.Dense(2)])
+    variables = model.init(jax.random.key(0), X)
+    inner = jr.activity({"layers_1": PENALTY}, mask=second)(model.apply)
+    (y, inside), outside = jr.activity({"layers_0": PENALTY}, mask=first)(inner)(variables, X)
+    h: Any = model.apply(variables, X, method=lambda m, x: m.layers[0](x))
+    assert (list(inside), list(outside)) == (["layers_1"], ["layers_0"])
+    np.testing.assert_allclose(inside.total, jr.penalize(y, PENALTY, mask=second), rtol=1e-6)
+    np.testing.assert_allclose(outside.total, jr.penalize(h, PENALTY, mask=first), rtol=1e-6)
+
+    class Parts(nnx.Module):
+        def __init__(self):
+            self.one, self.two = (nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(2))
+
+        def __call__(self, x):
+            h, terms = jr.activity({".": PENALTY}, mask=first)(self.one)(x)
+            return self.two(h), terms
+
+    parts = Parts()
+    (y, inside), outside = jr.activity({"two": PENALTY}, mask=second)(parts)(X)
+    np.testing.assert_allclose(
+        inside.total, jr.penalize(parts.one(jnp.asarray(X)), PENALTY, mask=first), rtol=1e-6
+    )
+    np.testing.assert_allclose(outside.total, jr.penalize(y, PENALTY, mask=second), rtol=1e-6)

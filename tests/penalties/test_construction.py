@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,19 @@ def test_any_concrete_scalar_is_a_strength(strength):
     value = jr.L1(strength)(jnp.ones(3))
     assert value == 3.0
     assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1)])
+def test_an_integer_is_the_number_that_it_is(one):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def slopes(penalty):
+        return jax.grad(lambda penalty: penalty(jnp.ones(3)))(penalty)
+
+    assert slopes(jr.L2(one)).strength == slopes(jr.L2(0.5)).strength == 3
+    assert repr(jr.Huber(one, delta=2)) == "Huber(strength=1.0, delta=2.0)"
 
 
 def test_traced_strength_is_accepted_whatever_its_value():
