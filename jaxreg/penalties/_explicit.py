@@ -27,10 +27,16 @@ def on_any_mesh(
     """
     sharding = jax.typeof(x).sharding
     axes = sharding.mesh.explicit_axes
-    if not axes:
+    # Nothing is asked of what is not split; and a derivative that is not compiled would be of
+    # another type than the array, where that is on no device of the mesh yet.
+    if not axes or not any(map(_is_split, jax.tree.leaves((x, others)))):
         return function(x, *others)
     result = sharding if split else NamedSharding(sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=result)(x, *others)
+
+
+def _is_split(x: Any) -> bool:
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
 def partitioned(moments: Moments) -> Moments:

@@ -207,6 +207,14 @@ def test_a_mesh_of_explicit_axes():
     assert {gradient.sharding for _, gradient in found.values()} == {x.sharding}
 
 
+@pytest.mark.parametrize("name", ["SoftOrthogonal", "TotalVariation"])
+def test_an_array_on_no_device_of_an_explicit_mesh_has_a_gradient_outside_of_jit(name):
+    penalty, x = EXPLICIT[name], jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)
+    expected = penalty.gradient(x)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"))):
+        np.testing.assert_allclose(x - penalty.gradient(x), x - expected, rtol=1e-5)
+
+
 PROXES: dict[str, Any] = {
     "L1": jr.L1(0.2) + jr.L2(0.1),
     "L1Inf": jr.L1Inf(0.5),
