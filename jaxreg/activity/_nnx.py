@@ -87,16 +87,26 @@ def run_module(
             if new and not name.startswith(("_jaxreg", "_pytree")):
                 setattr(originals[id(node)], name, originals.get(id(value), value))
     run.require_wins(measured)
+    # The parameters of a module that is penalized around this one are measured there.
+    own = [
+        (path, node)
+        for path, node in copies
+        if not (inside and hasattr(originals[id(node)], "_jaxreg_path"))
+    ]
+    return out, {**measured, **_parameters(own)}
+
+
+def _parameters(modules: list[tuple[Path, Any]]) -> Measured:
+    """Measure the parameters that have penalties of their own, each once."""
+    measured: Measured = {}
     shared: set[int] = set()
-    for path, node in copies:
-        if inside and hasattr(originals[id(node)], "_jaxreg_path"):
-            continue  # the parameters are those of a module that is penalized around this one
-        for name, (penalty, shape) in getattr(node, "_jaxreg_penalties", dict)().items():
-            where, variable = join(*path, name), getattr(node, name)
+    for path, module in modules:
+        for name, (penalty, shape) in getattr(module, "_jaxreg_penalties", dict)().items():
+            where, variable = join(*path, name), getattr(module, name)
             if id(variable) not in shared:
                 measured[where] = (measure_parameter(variable[...], penalty, shape, where),)
             shared.add(id(variable))
-    return out, measured
+    return measured
 
 
 def path_of(module: Any) -> Path:
