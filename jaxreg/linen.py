@@ -128,6 +128,8 @@ class MLP(nn.Module):
         activity_regularizer: the penalty of each hidden layer's output, after the activation.
         dtype: of the computation; see `Dense`.
         param_dtype: of the parameters.
+        kernel_init: each kernel's initializer.
+        bias_init: each bias's initializer.
         implementation: of the hidden layers; see `jaxreg.ops.dense`.
 
     Example:
@@ -148,6 +150,8 @@ class MLP(nn.Module):
     activity_regularizer: Penalty | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.linear.default_kernel_init
+    bias_init: Any = nn.initializers.zeros_init()
     implementation: str | None = None
 
     @nn.compact
@@ -166,6 +170,8 @@ class MLP(nn.Module):
                 activity_regularizer=self.activity_regularizer if i < last else None,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
                 implementation=self.implementation if i < last else None,
             )(x)
         return x

@@ -151,6 +151,8 @@ class MLP(nnx.Module):
         activity_regularizer: the penalty of each hidden layer's output, after the activation.
         dtype: of the computation; see `Dense`.
         param_dtype: of the parameters.
+        kernel_init: each kernel's initializer.
+        bias_init: each bias's initializer.
         implementation: of the hidden layers; see `jaxreg.ops.dense`.
         rngs: the random number generators.
 
@@ -175,6 +177,8 @@ class MLP(nnx.Module):
         activity_regularizer: Penalty | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        kernel_init: Any = nnx.nn.linear.default_kernel_init,
+        bias_init: Any = jax.nn.initializers.zeros,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -197,6 +201,8 @@ class MLP(nnx.Module):
                     activity_regularizer=activity_regularizer if i < last else None,
                     dtype=dtype,
                     param_dtype=param_dtype,
+                    kernel_init=kernel_init,
+                    bias_init=bias_init,
                     implementation=implementation if i < last else None,
                     rngs=rngs,
                 )

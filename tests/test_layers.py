@@ -238,6 +238,20 @@ def test_mlps_activate_and_penalize_all_but_the_last():
     np.testing.assert_allclose(terms_nnx.total, terms.total, rtol=1e-5)
 
 
+def test_mlps_hand_their_initializers_on():
+    inits: Any = {"kernel_init": nn.initializers.ones, "bias_init": nn.initializers.constant(2.0)}
+    params = init(jr.linen.MLP((3, 2), **inits), X)["params"]
+    module = jr.nnx.MLP((X.shape[-1], 3, 2), **inits, rngs=nnx.Rngs(0))
+    for i, layer in enumerate(module.layers):
+        assert layer.bias is not None
+        for kernel, bias in (
+            (params[f"Dense_{i}"]["kernel"], params[f"Dense_{i}"]["bias"]),
+            (layer.kernel[...], layer.bias[...]),
+        ):
+            assert (kernel == 1).all()
+            assert (bias == 2).all()
+
+
 def test_an_implementation_that_cannot_run_says_why():
     layer, variables = linen(4, activity_regularizer=jr.L1(0.1), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"its kernel needs JAX|must all be bfloat16"):
