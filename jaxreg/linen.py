@@ -157,8 +157,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the output (..., features[-1]) for an input (..., d)."""
-        if not self.features:
-            raise ValueError("`jaxreg.linen.MLP(features)` must have at least one layer; got none.")
+        if not (isinstance(self.features, Sequence) and self.features):
+            raise ValueError(
+                "`jaxreg.linen.MLP(features)` must have the sizes of at least one layer; got"
+                f" {self.features!r}."
+            )
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
             x = Dense(

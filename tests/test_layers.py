@@ -373,8 +373,11 @@ def test_an_activation_that_is_no_function_is_an_error():
 
 
 def test_an_mlp_has_layers():
-    with pytest.raises(ValueError, match="at least one layer"):
-        init(jr.linen.MLP(()), X)
-    for features in ((), (4,)):
+    none: Any
+    for none in ((), 5):
+        with pytest.raises(ValueError, match="at least one layer"):
+            init(jr.linen.MLP(none), X)
+    features: Any
+    for features in ((), (4,), 5):
         with pytest.raises(ValueError, match="the input and of at least one layer"):
             jr.nnx.MLP(features, rngs=nnx.Rngs(0))

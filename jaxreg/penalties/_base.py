@@ -386,7 +386,8 @@ class Sum(Penalty):
         if len(others) > 1:
             raise NotImplementedError(
                 f"`jaxreg.Sum` has a closed-form proximal operator only where at most one term is"
-                f" not an L2; got {self!r}."
+                f" not an L2; got {self!r}. An L1 and a GroupLasso together are a"
+                " `jaxreg.SparseGroupLasso`."
             )
         curvature = sum(
             2 * step * getattr(term, "strength") for term in self.terms if term.quadratic
