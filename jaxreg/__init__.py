@@ -63,6 +63,7 @@ from jaxreg.penalties import SmoothL2 as SmoothL2
 from jaxreg.penalties import SoftOrthogonal as SoftOrthogonal
 from jaxreg.penalties import SparseGroupLasso as SparseGroupLasso
 from jaxreg.penalties import SparseTopK as SparseTopK
+from jaxreg.penalties import SpectralBall as SpectralBall
 from jaxreg.penalties import SpectralNorm as SpectralNorm
 from jaxreg.penalties import Statistic as Statistic
 from jaxreg.penalties import Sum as Sum

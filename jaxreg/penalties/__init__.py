@@ -45,6 +45,7 @@ from ._nonconvex import Lp as Lp
 from ._norm_constraints import MaxNorm as MaxNorm
 from ._norm_constraints import MinMaxNorm as MinMaxNorm
 from ._norm_constraints import Orthonormal as Orthonormal
+from ._norm_constraints import SpectralBall as SpectralBall
 from ._norm_constraints import UnitNorm as UnitNorm
 from ._ordered import SmoothL2 as SmoothL2
 from ._ordered import TotalVariation as TotalVariation

@@ -1,4 +1,4 @@
-"""Constraints on the vectors of an array: their norms, and the angles between them."""
+"""Constraints on the norms of an array's vectors, and on the matrix that these make up."""
 
 from dataclasses import KW_ONLY
 from typing import ClassVar
@@ -12,7 +12,7 @@ from ._axes import as_matrices, check_axes, check_matrices, vector_axes
 from ._base import Constraint
 from ._checks import NON_NEGATIVE, require_order
 from ._fields import positive, setting, static
-from ._singular_values import map_singular_values
+from ._singular_values import map_singular_values, svd
 
 
 class NormConstraint(Constraint):
@@ -168,7 +168,15 @@ class MinMaxNorm(NormConstraint):
         return jnp.where(inside, x, (1 - rate) * x + rate * nearest)
 
 
-class Orthonormal(Constraint):
+class MatrixConstraint(Constraint):
+    """A constraint on matrices; a subclass declares `axis` and `batch_axes`."""
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        super().check(x, name)
+        check_matrices(self, x, name)
+
+
+class Orthonormal(MatrixConstraint):
     r"""Vectors of norm one that are orthogonal to each other: the Stiefel manifold.
 
     $$ C = \{W : W^* W = I\}, \qquad P(W) = U V^* \text{ where } W = U \Sigma V^* $$
@@ -208,10 +216,6 @@ class Orthonormal(Constraint):
 
     takes_complex: ClassVar[bool] = True
 
-    def check(self, x: jax.Array, name: str = "x") -> None:
-        super().check(x, name)
-        check_matrices(self, x, name)
-
     def _project(self, x: jax.Array) -> jax.Array:
         matrices, back = as_matrices(self, x)
         # The scale changes nothing but what overflows.
@@ -219,8 +223,73 @@ class Orthonormal(Constraint):
         return back(map_singular_values(_ones, scaled, jnp.zeros(())))
 
 
+class SpectralBall(MatrixConstraint):
+    r"""Matrices whose largest singular value is at most a radius.
+
+    $$ C = \{W : \sigma_1(W) \le r\}, \qquad
+       P(W) = U \min(\Sigma, r)\, V^* \text{ where } W = U \Sigma V^* $$
+
+    So r bounds the Lipschitz constant of a dense layer in the Euclidean norm. That of a convolution
+    is at most √k · r, k the number of positions in its window; see `functional.lipschitz_bound`.
+
+    Args:
+        radius: r > 0. A leaf.
+        axis: the axis or axes along which the entries make up one column of W; see `GroupLasso`.
+        batch_axes: axes that hold separate matrices; see `GroupLasso`.
+
+    Gradient:
+        That of the projection is the identity for a matrix within, its edge included. Outside it is
+        right also at repeated singular values and at 0, where differentiating an SVD fails; a
+        singular value of exactly r counts as one within. Once.
+
+    Raises:
+        ValueError: for a concrete radius that is not a positive, finite scalar; for an array that
+            is no matrix without its `batch_axes`; for an axis that the array does not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> kernel = jnp.array([[0.0, 3.0], [-0.5, 0.0]])
+        >>> jr.SpectralBall(2.0).project(kernel).round(3).tolist()
+        [[0.0, 2.0], [-0.5, 0.0]]
+
+    References:
+        Lefkimmiatis, Ward and Unser, Hessian Schatten-norm regularization for linear inverse
+        problems, IEEE Transactions on Image Processing 22(5), arXiv:1209.3318, 2013, for the
+        projection. Gouk, Frank, Pfahringer and Cree, Regularisation of neural networks by enforcing
+        Lipschitz continuity, Machine Learning 110, arXiv:1804.04368, 2021; they multiply the whole
+        matrix by 1 / max(1, σ₁/r) instead, which is not the nearest point.
+    """
+
+    radius: ArrayLike = positive()
+    _: KW_ONLY
+    axis: int | tuple[int, ...] | None = static(default=None)
+    batch_axes: int | tuple[int, ...] = static(default=())
+
+    takes_complex: ClassVar[bool] = True
+
+    def _project(self, x: jax.Array) -> jax.Array:
+        matrices, back = as_matrices(self, x)
+        scale, scaled = scaled_to_one(matrices, (1, 2))
+        scale = scale[..., 0]
+        radius = jnp.asarray(self.radius, scale.dtype)
+        _, s, _ = svd(jax.lax.stop_gradient(scaled))
+        within = scale * jnp.max(s, axis=-1, keepdims=True, initial=0) <= radius
+        nearest = map_singular_values(_at_most, scaled, (scale, radius))
+        return back(jnp.where(within[..., None], matrices, nearest))
+
+
 def _ones(s: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.ones_like(s), jnp.zeros_like(s)
+
+
+def _at_most(
+    s: jax.Array, scale_and_radius: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # The radius divided by the scale could vanish.
+    scale, radius = scale_and_radius
+    within = scale * s <= radius
+    return jnp.where(within, scale * s, radius), jnp.where(within, scale, 0)
 
 
 def onto_ball(x: jax.Array, axes: tuple[int, ...], radius: ArrayLike) -> jax.Array:

@@ -18,7 +18,7 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def map_singular_values(f: Callable[..., Any], w: jax.Array, parameter: jax.Array) -> jax.Array:
+def map_singular_values(f: Callable[..., Any], w: jax.Array, parameter: Any) -> jax.Array:
     """Return U f(Σ) V* of each matrix.
 
     `f(singular values, parameter)` gives the new ones, and their slopes, which stand for divided

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from functools import partial
 from typing import Any
 
 import chex
@@ -235,6 +236,10 @@ def test_the_largest_entries_of_all_are_projected():
             project(constraint, x), np.sqrt([0.5, 0.5, 0]) * np.sign(x), rtol=1e-6
         )
     np.testing.assert_array_equal(project(jr.L1Ball(1.0), x), [0.5, -0.5, 0.0])
+    # Divided by these entries, such a radius vanishes.
+    z = project(jr.SpectralBall(0.1), x[:2] * np.array([[1, 1], [0, 1]], np.float32))
+    expected = project(jr.SpectralBall(0.1), np.array([[3.0, -3.0], [0.0, -3.0]]))
+    np.testing.assert_allclose(z, expected, rtol=1e-5)
 
 
 @every_constraint
@@ -261,7 +266,11 @@ def test_infinite_entries_go_to_a_bound_or_become_nan():
     ):
         assert np.isnan(project(constraint, x)).any(), constraint
     # LAPACK's SVD of this is finite.
-    assert np.isnan(project(jr.Orthonormal(), np.array([[np.inf, 1.0], [2.0, 3.0]]))).all()
+    for of_matrix in (jr.Orthonormal(), jr.SpectralBall(5.0)):
+        assert np.isnan(project(of_matrix, np.array([[np.inf, 1.0], [2.0, 3.0]]))).all()
+    layers = np.stack([np.ones((2, 2)), np.full((2, 2), np.inf)])
+    z = project(jr.SpectralBall(5.0, batch_axes=0), layers)
+    np.testing.assert_array_equal(z, [np.ones((2, 2)), np.full((2, 2), np.nan)])
 
 
 @every_constraint
@@ -359,7 +368,13 @@ def test_derivative_at_the_edge_is_the_documented_one(constraint, x, slopes):
     np.testing.assert_array_equal(derivative(constraint, jnp.array(x)), np.diag(slopes))
 
 
-@each([c for c in CASES if c.name in ("LinfBall", "L1Ball", "MinMaxNorm", "Orthonormal")])
+@each(
+    [
+        c
+        for c in CASES
+        if c.name in ("LinfBall", "L1Ball", "MinMaxNorm", "Orthonormal", "SpectralBall")
+    ]
+)
 def test_complex_derivatives(case):
     with jax.enable_x64():
         x = jnp.asarray(points(case, np.complex128)[0])
@@ -401,6 +416,7 @@ def test_constraint_is_a_pytree_of_its_settings(case):
         (jr.LinfBall(1.3), jr.L1(1.0)),
         (jr.L2Ball(1.3), jr.GroupLasso(1.0, axis=(0, 1), weighted=False)),
         (jr.MaxNorm(1.3), jr.GroupLasso(1.0, weighted=False)),
+        (jr.SpectralBall(1.3), jr.Nuclear(1.0)),
     ],
     ids=lambda p: type(p).__name__,
 )
@@ -476,6 +492,62 @@ def test_orthonormal_takes_axes():
     np.testing.assert_allclose(jnp.moveaxis(moved, 0, -1), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 0.3, 1.0, 1e30])
+def test_spectral_ball_leaves_a_matrix_within_as_it_is_its_edge_included(scale):
+    scale = np.float32(scale)
+    edge = np.array([[0.0, -5.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    for matrix, radius in [(edge, 5), (MATRIX, 9)]:
+        x = matrix.astype(np.float32) * scale
+        np.testing.assert_array_equal(project(jr.SpectralBall(radius * scale), x), x)
+        identity = np.eye(x.size).reshape(x.shape * 2)
+        np.testing.assert_array_equal(derivative(jr.SpectralBall(radius * scale), x), identity)
+
+
+def test_spectral_ball_is_differentiable_at_equal_and_zero_singular_values():
+    case = next(case for case in CASES if case.name == "SpectralBall")
+    with jax.enable_x64():
+        for x in (
+            3 * np.eye(3),
+            4 * np.eye(4)[:, :2],
+            np.diag([3.0, 3.0, 1.0, 1.0]),
+            np.diag([3.0, 0.0, 0.0])[:, :2],
+            np.diag([3.0, 1.0, 0.0, 0.0])[:3],
+        ):
+            expected = central_differences(case, x)
+            jacobian = derivative(jr.SpectralBall(case.setting), x)
+            np.testing.assert_allclose(jacobian, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_derivatives_of_spectral_ball_do_not_overflow_or_vanish(scale):
+    jacobians = jax.jit(jax.jacobian(lambda x, r: jr.SpectralBall(r).project(x), argnums=(0, 1)))
+    x = np.array([[0.0, 3.0, 0.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
+    case = next(case for case in CASES if case.name == "SpectralBall")
+    by_entries, by_radius = jacobians(x * np.float32(scale), case.setting * scale)
+    by_differences = central_differences(case, x.astype(np.float64))
+    np.testing.assert_allclose(by_entries, by_differences, atol=1e-6)
+    expected = [[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    np.testing.assert_allclose(by_radius, expected, atol=1e-6)
+    _, by_radius = jacobians(x * np.float32(scale), 5.0 * scale)
+    np.testing.assert_array_equal(by_radius, 0.0)
+
+
+def test_spectral_ball_of_layers_projects_only_those_outside():
+    layers = np.stack([MATRIX, 10 * MATRIX]).astype(np.float32)
+    z = project(jr.SpectralBall(9.0, batch_axes=0), layers)
+    np.testing.assert_array_equal(z[0], layers[0])
+    np.testing.assert_allclose(z[1], project(jr.SpectralBall(9.0), layers[1]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(z[1], 2), 9.0, rtol=1e-6)
+
+
+def test_spectral_ball_bounds_how_much_a_network_stretches():
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(6, 5)).astype(np.float32), rng.normal(size=(3, 2, 5, 4))]
+    projected = [project(jr.SpectralBall(0.5), kernel) for kernel in kernels]
+    bound = jr.functional.lipschitz_bound(projected)
+    np.testing.assert_allclose(bound, 0.5 * 0.5 * math.sqrt(3 * 2), rtol=1e-6)
+
+
 def test_box_takes_bounds_from_a_tree():
     params = {"a": {"kernel": jnp.array([1.0, -4.0])}, "b": {"kernel": jnp.array([2.0])}}
     lower: Any = {"a": {"kernel": jnp.array([0.0, -1.0])}, "b": {"kernel": jnp.array([3.0])}}
@@ -520,6 +592,7 @@ def test_describe_shows_the_bounds_of_a_box():
         (lambda: jr.SparseTopK(2.0), "(k=...)` must be a positive integer; got 2.0"),  # type: ignore[arg-type]
         (lambda: jr.SparseTopK(True), "`jaxreg.SparseTopK(k=...)` must be a positive integer; g"),
         (lambda: jr.MaxNorm(float("nan")), "`jaxreg.MaxNorm(max_norm=...)` must be a positive"),
+        (lambda: jr.SpectralBall(0.0), "`jaxreg.SpectralBall(radius=...)` must be a positive, fin"),
         (lambda: jr.MinMaxNorm(-0.1, 1.0), "`jaxreg.MinMaxNorm(min_norm=...)` must be a finite, n"),
         (lambda: jr.MinMaxNorm(0.0, 0.0), "`jaxreg.MinMaxNorm(max_norm=...)` must be a positive"),
         (lambda: jr.MinMaxNorm(2.0, 1.0), "must be in this order; got min_norm=2.0, max_norm=1.0"),
@@ -556,6 +629,7 @@ def test_k_above_the_number_of_entries_is_an_error():
         lambda axis: jr.UnitNorm(axis=axis),
         lambda axis: jr.MinMaxNorm(0.5, 1.0, axis=axis),
         lambda axis: jr.Orthonormal(axis=axis),
+        lambda axis: jr.SpectralBall(1.0, axis=axis),
     ],
 )
 @pytest.mark.parametrize("axis", [2, (0, -2)], ids=str)
@@ -565,12 +639,13 @@ def test_axis_out_of_range_is_an_error(build, axis):
         build(axis).project(jnp.ones((2, 3)))
 
 
-def test_orthonormal_of_a_bias_is_an_error():
-    message = r"`jaxreg\.Orthonormal` takes a matrix, an array with two axes or more; got .a/kernel"
-    with pytest.raises(ValueError, match=message):
-        jr.kernel(jr.Orthonormal()).prox({"a": {"kernel": jnp.ones(3)}}, 1.0)
+@pytest.mark.parametrize("build", [jr.Orthonormal, partial(jr.SpectralBall, 1.0)])
+def test_constraint_on_matrices_of_a_bias_is_an_error(build):
+    message = r"` takes a matrix, an array with two axes or more; got .a/kernel"
+    with pytest.raises(ValueError, match=type(build()).__name__ + message):
+        jr.kernel(build()).prox({"a": {"kernel": jnp.ones(3)}}, 1.0)
     with pytest.raises(ValueError, match=r"or more, beside batch_axes=0; got .*\(2, 3\)"):
-        jr.Orthonormal(batch_axes=0).project(jnp.ones((2, 3)))
+        build(batch_axes=0).project(jnp.ones((2, 3)))
 
 
 def test_constraint_has_no_value_and_no_gradient():

@@ -211,9 +211,32 @@ def _of_stiefel(rng: Any, shape: tuple[int, ...], _: Any) -> Any:
     return q if shape[0] >= shape[1] else q.T
 
 
+def _stretch_no_more(matrix: Any, radius: float) -> Any:
+    """Return W min(1, r (W*W)^(-1/2)), or that of the adjoint for a wide one."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return _stretch_no_more(matrix.conj().T, radius).conj().T
+    values, vectors = np.linalg.eigh(matrix.conj().T @ matrix)
+    factors = radius / np.sqrt(np.maximum(values, radius**2))
+    return matrix @ (vectors * factors) @ vectors.conj().T
+
+
+def _in_spectral_ball(matrix: Any, radius: float, atol: float) -> bool:
+    return bool(np.linalg.norm(matrix, 2) <= radius * (1 + atol))
+
+
+def _of_spectral_ball(rng: Any, shape: tuple[int, ...], radius: float) -> Any:
+    return 0.99 * radius * rng.uniform() * _of_stiefel(rng, shape, None)
+
+
+def _one_matrix(x: Any) -> Iterator[Any]:
+    """Yield the matrix whose columns are the vectors along the first axis."""
+    yield x.reshape(x.shape[0], -1)
+
+
 CAPS = np.array([0.2, 0.5, 1.5])
 WIDE = away_from_zero(3, 8, seed=3)
 LAYERS = away_from_zero(2, 8, 3, seed=4)
+HEADS = away_from_zero(8, 2, 3, seed=5)
 
 CASES = [
     ConstraintCase(
@@ -406,5 +429,45 @@ CASES = [
         interior=False,
         any_shape=False,
         degree=0,
+    ),
+    ConstraintCase(
+        "SpectralBall",
+        jr.SpectralBall,
+        2.0,
+        _stretch_no_more,
+        _in_spectral_ball,
+        _of_spectral_ball,
+        MATRIX,
+        any_shape=False,
+    ),
+    ConstraintCase(
+        "SpectralBall-wide",
+        jr.SpectralBall,
+        3.0,
+        _stretch_no_more,
+        _in_spectral_ball,
+        _of_spectral_ball,
+        WIDE,
+        any_shape=False,
+    ),
+    ConstraintCase(
+        "SpectralBall-layers",
+        lambda s: jr.SpectralBall(s, batch_axes=0),
+        3.0,
+        _each(_stretch_no_more, _rows),
+        _all(_in_spectral_ball, _rows),
+        _members(_of_spectral_ball, _rows),
+        LAYERS,
+        any_shape=False,
+    ),
+    ConstraintCase(
+        "SpectralBall-heads",
+        lambda s: jr.SpectralBall(s, axis=0),
+        2.0,
+        _each(_stretch_no_more, _one_matrix),
+        _all(_in_spectral_ball, _one_matrix),
+        _members(_of_spectral_ball, _one_matrix),
+        HEADS,
+        any_shape=False,
     ),
 ]

@@ -227,6 +227,7 @@ PROXES: dict[str, Any] = {
     "L1Ball": jr.L1Ball(2.0),
     "SparseTopK": jr.SparseTopK(3, axis=1),
     "Orthonormal": jr.Orthonormal(),
+    "SpectralBall": jr.SpectralBall(3.0),
     "MaxNorm": jr.MaxNorm(0.5),
 }
 SELECTIONS: dict[str, Any] = {
