@@ -157,13 +157,17 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the output (..., features[-1]) for an input (..., d)."""
-        if not (isinstance(self.features, Sequence) and self.features):
+        try:
+            sizes = tuple(self.features)
+        except TypeError:
+            sizes = ()
+        if not sizes:
             raise ValueError(
                 "`jaxreg.linen.MLP(features)` must have the sizes of at least one layer; got"
                 f" {self.features!r}."
             )
-        last = len(self.features) - 1
-        for i, features in enumerate(self.features):
+        last = len(sizes) - 1
+        for i, features in enumerate(sizes):
             x = Dense(
                 features,
                 activation=self.activation if i < last else None,

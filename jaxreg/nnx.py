@@ -182,7 +182,10 @@ class MLP(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = list(itertools.pairwise(features if isinstance(features, Sequence) else ()))
+        try:
+            sizes = list(itertools.pairwise(features))
+        except TypeError:
+            sizes = []
         if not sizes:
             raise ValueError(
                 "`jaxreg.nnx.MLP(features)` must have the sizes of the input and of at least one"

@@ -202,7 +202,7 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
 
     Args:
         module: the module that is running: `self`.
-        name: a name for the value, which no submodule has.
+        name: a name for the value, which no submodule that is called has.
         value: an array, or a pytree of which each floating-point leaf counts.
         penalty: the penalty, or None where a rule alone may give one.
 
@@ -233,11 +233,7 @@ def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalt
     found = site(module, name)
     if found is not None:
         run, path = found
-        if path in run.modules:
-            raise ValueError(
-                f'`jaxreg.sow` cannot name a value as a module is named: "{path}" is one. A rule'
-                " could not tell them apart. Give the value another name."
-            )
+        run.tell_apart(path, run.named)
         run.record(module, path, value, penalty)
     return value
 

@@ -92,6 +92,11 @@ class Calls:
         """The innermost call."""
         return self._stack[-1]
 
+    def runs(self, scope: Any) -> None:
+        """Take this scope's model for the one that the pass runs, unless that is known."""
+        if self._root is None and _collects(scope):
+            self._root = scope.root
+
     @contextmanager
     def begin(self) -> Iterator[None]:
         """Begin the forward pass."""
@@ -105,8 +110,8 @@ class Calls:
     def entered(self, module: nn.Module, *, is_call: bool) -> Iterator[Call]:
         """Make a method call the innermost one."""
         call = Call.of(module, is_call=is_call)
-        if self._root is None and module.scope is not None and _collects(module.scope):
-            self._root = module.scope.root
+        if module.scope is not None:
+            self.runs(module.scope)
         self._stack.append(call)
         self._leaving = None
         try:
@@ -151,7 +156,8 @@ class Calls:
         scope = call.module.scope if call.module is not None else None
         if scope is None or call.lifts:  # lifted scopes have roots of their own
             return False
-        return not _collects(scope) or scope.root != self._root
+        # One that is lifted without a name keeps its path.
+        return not _collects(scope) or (not scope.root.path and scope.root != self._root)
 
     def learned_branches(self) -> bool:
         """Return whether this run found measurements that other branches have to make room for."""
@@ -384,7 +390,7 @@ def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
                     f' that was made for "{traced}", a module of equal fields, and {why}. Leave'
                     " `nn.jit` out, or give the modules a field that differs."
                 )
-        run.values[new] = None
+        run.seen[new] = None
         moved[new] = calls
     return only_measured(moved)
 
@@ -400,6 +406,11 @@ def _seen_from(module: str, path: str) -> str | None:
 def only_measured(measured: Measured) -> Measured:
     """Return these without the paths that are exempt."""
     return {path: calls for path, calls in measured.items() if calls}
+
+
+def running(model: nn.Module) -> None:
+    """Tell the innermost pass which model it runs."""
+    _under_way.get()[-1].runs(model.scope)
 
 
 def _collects(scope: Any) -> bool:

@@ -1,9 +1,10 @@
 """Flax Linen: measure at the module's output."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from flax.core.scope import in_filter, union_filters
 
 from jaxreg.terms import measure_parameter
 
-from ._lifted import COLLECTION, Calls, only_measured, take_sown
+from ._lifted import COLLECTION, Calls, only_measured, running, take_sown
 from ._pass import Measured, Parameter, Pass, join, merge, under_way
 
 
@@ -36,6 +37,9 @@ def run_apply(
     if kwargs.get("capture_intermediates"):
         wanted = union_filters(wanted, COLLECTION)
     mutable = union_filters(wanted, COLLECTION)
+    method = kwargs.get("method")
+    if callable(method) and not inspect.ismethod(method):
+        kwargs = {**kwargs, "method": _of_the_model(method)}
     forward = partial(forward, *args, **{**kwargs, "mutable": mutable})
     asked = in_filter(wanted, COLLECTION)
     run, measured, (out, state) = _run(
@@ -55,6 +59,17 @@ def run_apply(
     return (out, freeze(kept) if isinstance(state, FrozenDict) else kept), measured
 
 
+def _of_the_model(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `apply` runs, which may call another model before its own."""
+
+    @wraps(method)
+    def of_the_model(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running(module)
+        return method(module, *args, **kwargs)
+
+    return of_the_model
+
+
 def run_function(
     forward: Any, new_pass: Callable[..., Pass], args: Any, kwargs: Any
 ) -> tuple[Any, Measured]:
@@ -68,8 +83,8 @@ def run_function(
 def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[Any, Measured]:
     """Run a function that calls Linen modules inside another pass, their paths below a prefix."""
     new_pass = partial(dataclasses.replace, outer, prefix=prefix)
-    inner, measured, out = _run(forward, new_pass, outer.modules, collects=False)
-    outer.modules.update(inner.modules)
+    inner, measured, out = _run(forward, new_pass, outer.seen, collects=False)
+    outer.seen.update(inner.seen)
     _require_no_parameters(measured)
     return out, measured
 
@@ -77,7 +92,7 @@ def run_inside(outer: Pass, prefix: str, forward: Callable[[], Any]) -> tuple[An
 def _run(
     forward: Callable[[], Any],
     new_pass: Callable[..., Pass],
-    modules: dict[str, None],
+    seen: dict[str, None],
     *,
     collects: bool,
     keeps: bool = True,
@@ -87,14 +102,14 @@ def _run(
     Args:
         forward: the forward pass.
         new_pass: returns what its modules consult.
-        modules: the paths of the modules that are known before.
+        seen: the paths of the modules that are known before.
         collects: see `Calls`.
         keeps: whether anyone asked for what the modules sow of their own.
     """
     branches: dict[tuple[str, int], Measured] = {}
     while True:
         calls = Calls(collects=collects, branches=branches)
-        run = new_pass(carry=calls.carry, modules=dict(modules))
+        run = new_pass(carry=calls.carry, seen=dict(seen))
         # A jitted module lets terms out in another way.
         run.key = (run.key, collects)
         try:
@@ -139,7 +154,7 @@ def _intercept(
             out = call(*args, **kwargs)
         if is_call:
             path = run.at(*module.path)
-            run.modules[path] = None
+            run.tell_apart(path, run.called)
             run.record(module, path, out)
     return calls.leave(run, entered, out)
 

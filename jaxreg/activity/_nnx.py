@@ -49,7 +49,7 @@ def run_module(
     before = {id(node): dict(vars(node)) for _, node in copies}
 
     inside, carried = current() is not None, Carried()
-    run = new_pass(modules=dict.fromkeys(join(*path) for path, _ in copies), carry=carried.carry)
+    run = new_pass(seen=dict.fromkeys(join(*path) for path, _ in copies), carry=carried.carry)
     for path, node in copies:
         # Made before the forward pass, so that a transformation without an axis for it drops it in
         # a way that can be told. Modules that no rule matches stay as they are until they sow.
@@ -79,7 +79,7 @@ def run_module(
         raise
     exempt = found_before("exempt", run.key, *((path, type(node)) for path, node in copies))
     exempt.update(dict.fromkeys(carried.exempt))
-    run.values.update(exempt)
+    run.seen.update(exempt)
     # What the forward pass assigned to its modules (a cache, a sown value) is the caller's.
     for _, node in copies:
         for name, value in vars(node).items():
@@ -135,6 +135,7 @@ def _watched(cls: Any, path: Path) -> Any:
             # What the wrapper puts out the Linen module inside does, under the same path.
             return _run_linen(run, self, functools.partial(cls.__call__, self, *args, **kwargs))
         out = cls.__call__(self, *args, **kwargs)
+        run.tell_apart(run.at(*path), run.called)
         run.record(self, run.at(*path), out)
         return out
 

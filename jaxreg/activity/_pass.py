@@ -79,8 +79,9 @@ class Pass:
         reduction: how separable penalties are divided.
         mask: None, or which tokens count.
         carry: called with a module and what was measured in it: nothing, for a path that is exempt.
-        modules: the paths of the modules that are known, or were met.
-        values: the paths of all that was met, in order.
+        seen: the paths of the modules and values met, in order, to which more are added.
+        called: the paths of the modules that were called.
+        named: the paths of the values that `jaxreg.sow` named.
         initializing: whether a module was met that was being initialized: those collect nothing.
         penalized: the penalties of each path that was measured, by their structure.
         prefix: the path of the module that all paths are below.
@@ -91,8 +92,9 @@ class Pass:
     reduction: Reduction
     mask: ArrayLike | None
     carry: Callable[[Any, Measured], None]
-    modules: dict[str, None] = dataclasses.field(default_factory=dict)
-    values: dict[str, None] = dataclasses.field(default_factory=dict)
+    seen: dict[str, None] = dataclasses.field(default_factory=dict)
+    called: set[str] = dataclasses.field(default_factory=set)
+    named: set[str] = dataclasses.field(default_factory=set)
     initializing: bool = False
     penalized: dict[str, dict[Any, Penalty]] = dataclasses.field(default_factory=dict)
     prefix: str = TOP
@@ -106,9 +108,18 @@ class Pass:
         """Return the path of these names below the pass's module."""
         return join(*(name for name in (self.prefix, *names) if name != TOP))
 
+    def tell_apart(self, path: str, paths: set[str]) -> None:
+        """Add a path to those `called` or `named`; raise a ValueError if it is among both."""
+        paths.add(path)
+        if path in self.called and path in self.named:
+            raise ValueError(
+                f'`jaxreg.sow` cannot name a value as a module is named: "{path}" is one. A rule'
+                " could not tell them apart. Give the value another name."
+            )
+
     def meet(self, module: Any, path: str, default: Penalty | None = None) -> Penalty | None:
         """Note that there is a value at this path, and return its penalty."""
-        self.values[path] = None
+        self.seen[path] = None
         penalty = self.penalty(path, default)
         if penalty is None:
             self.carry(module, {path: ()})
@@ -152,20 +163,19 @@ class Pass:
 
         Rules are of activations: none wins a parameter.
         """
-        seen = {**self.modules, **self.values}
-        if self.rules.strict and self.rules.patterns and not (seen or self.initializing):
+        if self.rules.strict and self.rules.patterns and not (self.seen or self.initializing):
             raise ValueError(
                 "`jaxreg.activity` met no module in this forward pass. It sees the Linen modules"
                 " that run inside it, and an NNX module that it is given itself, or by a bound"
-                " method, with `nnx.jit` around the whole:"
+                " method; `jax.jit` and `nnx.jit` go around the whole:"
                 " `nnx.jit(lambda model, x: jaxreg.activity(rules)(model)(x))`."
             )
-        if seen or not self.initializing:
+        if self.seen or not self.initializing:
             values = [p for p, calls in measured.items() if not isinstance(calls[0], Parameter)]
-            exempt = [path for path in seen if self.penalty(path) is None]
+            exempt = [path for path in self.seen if self.penalty(path) is None]
             self.rules.require_wins(
                 winners={self.rules.find(path) for path in [*values, *exempt]},
-                paths=seen,
+                paths=self.seen,
                 what="modules and sown values of the forward pass",
                 otherwise="which no `__call__` and no `sow` gave a value in this pass",
             )

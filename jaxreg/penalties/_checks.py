@@ -31,7 +31,7 @@ def require(argument: str, value: Any, what: str, holds: Callable[[float], bool]
 def require_integer(argument: str, value: Any, *, least: int | None = None) -> None:
     """Raise unless the value is an integer, of Python's or NumPy's, and no less than this."""
     try:
-        index = None if isinstance(value, bool) else operator.index(value)
+        index = None if isinstance(value, bool | jax.Array) else operator.index(value)
     except TypeError:
         index = None
     if index is None or (least is not None and index < least):

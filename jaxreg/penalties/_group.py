@@ -245,7 +245,8 @@ class L1Inf(Grouped):
         axes = vector_axes(self, x.ndim)
         size = jnp.abs(x)
         lost = over_threshold(size, axes, of_rank(x.ndim, step * self.strength))
-        return jnp.where(jnp.isinf(x), x, x - jnp.sign(x) * jnp.minimum(lost, size))
+        left = jnp.where((lost >= size) & (lost > 0), 0, x - jnp.sign(x) * lost)
+        return jnp.where(jnp.isinf(x), x, left)
 
 
 class ExclusiveLasso(Grouped):

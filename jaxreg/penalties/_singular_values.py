@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._arithmetic import matmul
 
@@ -44,7 +45,10 @@ def _map_singular_values_jvp(
 
     slopes = jnp.broadcast_to(slope[..., None], turned.shape)
     rows, columns = (..., slice(None), None), (..., None, slice(None))
-    differences = quotient(y[rows] - y[columns], s[rows] - s[columns], slopes)
+    # Equal singular values come out of LAPACK a few roundings apart.
+    gaps = s[rows] - s[columns]
+    alike = jnp.abs(gaps) <= np.finfo(s.dtype).eps ** 0.5 * s[..., :1, None]
+    differences = quotient(y[rows] - y[columns], jnp.where(alike, 0, gaps), slopes)
     sums = quotient(y[rows] + y[columns], s[rows] + s[columns], slopes)
     along = differences * (turned + _adjoint(turned)) / 2
     along = jnp.where(jnp.eye(s.shape[-1], dtype=bool), dy[rows], along)

@@ -37,7 +37,7 @@ def over_threshold(
         excess = jnp.sum(jnp.where(above, x - threshold, 0), axis=axes, keepdims=True)
         missing = scale * excess - total - slope * threshold
         step = missing / (scale * jnp.maximum(count, 1).astype(x.dtype) + slope)
-        return jnp.where(count == 0, threshold, threshold + step), count
+        return threshold + jnp.where(jnp.isinf(threshold), 0, step), count
 
     def leaves_out_more(state: Any) -> jax.Array:
         _, count, fewest = state

@@ -622,6 +622,29 @@ def test_a_value_named_as_a_submodule_is_an_error(layer, run):
         jr.activity({})(forward)(variables, X)
 
 
+def test_a_value_that_is_named_before_a_submodule_runs_is_an_error():
+    class Early(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jr.sow(self, "drop", x, jr.L1(1.0))
+            return nn.Dropout(0.0, deterministic=True, name="drop")(x)
+
+    with pytest.raises(ValueError, match='"drop" is one'):
+        jr.activity({})(Early().apply)({}, X)
+
+
+def test_a_value_named_as_what_is_no_module_that_runs():
+    class Code(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            weights = self.param("code", lambda key: {"scale": jnp.ones(())})
+            return jr.sow(self, "code", weights["scale"] * x, jr.L1(1.0))
+
+    variables = Code().init(jax.random.key(0), X)
+    _, terms = jr.activity({})(Code().apply)(variables, X)
+    np.testing.assert_allclose(terms["code"], jr.penalize(X, jr.L1(1.0)), rtol=1e-6)
+
+
 def test_a_value_without_a_penalty_of_its_own_has_that_of_a_rule():
     class Code(nn.Module):
         @nn.compact
@@ -654,6 +677,22 @@ def test_a_term_of_another_model_that_is_applied_inside_is_an_error(path, mutabl
     message = rf'cannot carry the term "{re.escape(path)}": it is another model\'s.*exempts it'
     with pytest.raises(ValueError, match=message):
         jr.activity({path: jr.L1(1.0)})(Distilled(mutable).apply)(DISTILLED, X)
+
+
+@pytest.mark.parametrize("mutable", [False, ["intermediates"]], ids=["bare", "collecting"])
+def test_a_function_of_the_model_may_apply_another_first(mutable):
+    def method(module, x):
+        return MODEL.apply(VARIABLES, x, mutable=mutable), module(x)
+
+    def run(rules):
+        forward = jr.activity(rules)(Distilled(mutable).apply)
+        return forward(DISTILLED, X, method=method)[1]
+
+    exempt = dict.fromkeys([".", "encoder", "code", "decoder"])
+    expected = jnp.abs(encoded(VARIABLES)).sum() / 4
+    np.testing.assert_allclose(run({**exempt, "student": jr.L1(1.0)}).total, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r'cannot carry the term "encoder": it is another model'):
+        run({"encoder": jr.L1(1.0)})
 
 
 def test_a_model_may_apply_another_that_no_rule_penalizes():

@@ -349,6 +349,18 @@ def test_a_value_named_as_a_submodule_is_an_error():
         jr.activity({})(Named())(X)
 
 
+def test_a_value_named_as_a_container_is_no_module():
+    class Named(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(X.shape[-1], 2, rngs=nnx.Rngs(0))])
+
+        def __call__(self, x):
+            return jr.sow(self, "layers", self.layers[0](x), jr.L1(1.0))
+
+    y, terms = jr.activity({})(Named())(X)
+    np.testing.assert_allclose(terms["layers"], jr.penalize(y, jr.L1(1.0)), rtol=1e-6)
+
+
 def test_a_layer_without_a_penalty_of_its_own_has_that_of_a_rule():
     layer = jr.nnx.ActivityRegularization(None)
     assert not jr.activity({})(layer)(X)[1]

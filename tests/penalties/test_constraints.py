@@ -518,6 +518,28 @@ def test_spectral_ball_is_differentiable_at_equal_and_zero_singular_values():
             np.testing.assert_allclose(jacobian, expected, atol=1e-8)
 
 
+TURNED: dict[str, Any] = {
+    "SpectralBall": jr.SpectralBall(2.0).project,
+    "Nuclear": lambda x: jr.Nuclear(1.0).prox(x, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("singular", [(3.0, 1.0, 1.0), (3.0, 3.0, 1.2)], ids=str)
+def test_derivatives_at_singular_values_that_are_equal_but_for_rounding(name, singular):
+    moved = jax.jit(TURNED[name])
+    tangent = jax.jit(lambda x, dx: jax.jvp(TURNED[name], (x,), (dx,))[1])
+    rng = np.random.default_rng(0)
+    with jax.enable_x64():
+        for _ in range(20):
+            u, _, vt = np.linalg.svd(rng.normal(size=(5, 3)), full_matrices=False)
+            x, dx = u * np.array(singular) @ vt, rng.normal(size=(5, 3))
+            expected = (moved(x + 1e-6 * dx) - moved(x - 1e-6 * dx)) / 2e-6
+            for dtype, tolerance in ((np.float64, 1e-6), (np.float32, 1e-4)):
+                found = tangent(x.astype(dtype), dx.astype(dtype))
+                np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_derivatives_of_spectral_ball_do_not_overflow_or_vanish(scale):
     jacobians = jax.jit(jax.jacobian(lambda x, r: jr.SpectralBall(r).project(x), argnums=(0, 1)))

@@ -179,6 +179,17 @@ def test_a_wider_strength_or_step_does_not_widen_the_result(case):
     assert z.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("x", "slopes"),
+    [([0.0, 0.0, 0.0], [0, 0, 0]), ([0.1, 0.0, 0.2], [0, 0, 0]), ([3.0, 0.0, -1.0], [1, 1, 1])],
+)
+def test_a_group_that_l1_inf_makes_zero_has_no_derivative(x, slopes):
+    prox = jr.L1Inf(1.0, axis=0).prox
+    jacobian = jax.jacobian(lambda x: prox(x, 1.0))(jnp.array(x))
+    np.testing.assert_array_equal(jacobian, np.diag(slopes))
+    np.testing.assert_array_equal(prox(jnp.array(x), jnp.inf), 0)
+
+
 def test_an_infinite_entry_and_a_nan_among_others_of_a_group():
     x = jnp.array([[jnp.inf, -jnp.inf, jnp.nan], [1.0, 1.0, 1.0], [-2.0, 0.0, 2.0]])
     largest, shared = (
