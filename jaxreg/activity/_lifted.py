@@ -9,18 +9,17 @@ where the transformation carries that collection, and else beside the method's o
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxreg.rules import TOP
 
+from ._beside import Beside, probe, takers, with_last_leaf
 from ._branches import placeholder, take
 from ._pass import Measured, Pass, join, merge, trace
 
@@ -77,7 +76,7 @@ class Calls:
 
     def __init__(self, *, collects: bool, branches: dict[tuple[str, int], Measured]):
         self.collects = collects
-        self._level = len(_under_way.get())
+        self._level = len(takers.get())
         self._stack = [Call()]
         self._branches = branches
         self._grown = False
@@ -100,11 +99,11 @@ class Calls:
     @contextmanager
     def begin(self) -> Iterator[None]:
         """Begin the forward pass."""
-        token = _under_way.set((*_under_way.get(), self))
+        token = takers.set((*takers.get(), self))
         try:
             yield
         finally:
-            _under_way.reset(token)
+            takers.reset(token)
 
     @contextmanager
     def entered(self, module: nn.Module, *, is_call: bool) -> Iterator[Call]:
@@ -210,7 +209,7 @@ class Calls:
         if between["jit"]:
             self._traced[frozenset(measured)] += 1
         beside = partial(
-            _Beside,
+            Beside,
             measured=measured,
             level=self._level,
             axes=_stacked(between),
@@ -219,10 +218,10 @@ class Calls:
         )
         if between["scan"] and isinstance(out, tuple) and len(out) == 2:
             carry, stacked = out
-            return carry, _with_last_leaf(beside, stacked)
-        return _with_last_leaf(beside, out)
+            return carry, with_last_leaf(beside, stacked)
+        return with_last_leaf(beside, out)
 
-    def take(self, beside: "_Beside") -> Any:
+    def take(self, beside: Beside) -> Any:
         """Take measurements from beside an output, if it has come back to the innermost call."""
         call = self.innermost
         jitted = beside.jitted and not isinstance(beside.probe, jax.core.Tracer)
@@ -281,60 +280,6 @@ class Calls:
             known[path] = (*slots, *[placeholder(path, penalties, call) for call in calls])
             self._grown = self._grown or bool(calls)
         return filled
-
-
-@dataclasses.dataclass(frozen=True)
-class _Beside:
-    """A leaf of an output, and measurements that leave a transformation beside it.
-
-    When JAX puts the output together outside of the transformation, the leaf alone is left.
-
-    Args:
-        output: the leaf.
-        measured: the measurements.
-        probe: see `_probe`.
-        level: how many forward passes are around the one that measured.
-        axes: how many axes the transformations are to stack it on.
-        cached: whether it leaves an `nn.jit`, which JAX may run without tracing it.
-        jitted: whether a jitted function returns it.
-    """
-
-    output: Any
-    measured: Measured
-    probe: Any = dataclasses.field(default_factory=lambda: _probe())
-    level: int = 0
-    axes: int = 0
-    cached: bool = False
-    jitted: bool = False
-
-
-def _take_apart(beside: _Beside) -> tuple[Any, Any]:
-    static = (beside.level, beside.axes, beside.cached, beside.jitted)
-    return (beside.output, beside.measured, beside.probe), static
-
-
-def _put_together(static: tuple[int, int, bool, bool], children: Any) -> Any:
-    output, measured, probe = children
-    beside = _Beside(output, measured, probe, *static)
-    calls = _under_way.get()
-    # JAX also makes trees of placeholders.
-    if not isinstance(beside.probe, jax.Array) or beside.level >= len(calls):
-        return beside
-    return calls[beside.level].take(beside)
-
-
-jax.tree_util.register_pytree_node(_Beside, _take_apart, _put_together)
-
-
-def _with_last_leaf(wrap: Callable[[Any], Any], out: Any) -> Any:
-    """Wrap the last leaf of an output, or one that has none.
-
-    The axes of outputs are a prefix of their tree, so that a leaf may become a tree.
-    """
-    leaves, structure = jax.tree.flatten(out)
-    if not leaves:
-        return wrap(out)
-    return jax.tree.unflatten(structure, [*leaves[:-1], wrap(leaves[-1])])
 
 
 def take_sown(run: Pass, tree: Mapping[str, Any], *scope: str) -> tuple[dict[str, Any], Measured]:
@@ -410,7 +355,7 @@ def only_measured(measured: Measured) -> Measured:
 
 def running(model: nn.Module) -> None:
     """Tell the innermost pass which model it runs."""
-    _under_way.get()[-1].runs(model.scope)
+    takers.get()[-1].runs(model.scope)
 
 
 def _collects(scope: Any) -> bool:
@@ -428,7 +373,7 @@ def _sow(call: Call, measured: Measured) -> bool:
         call.module,
         COLLECTION,
         f"{_NAME}{_stacked(call.lifts)}",
-        (measured, _probe()),
+        (measured, probe()),
         reduce_fn=lambda sown, new: (
             {**sown[0], path: merge(sown[0].get(path, {}), new[0])},
             new[1],
@@ -440,11 +385,6 @@ def _sow(call: Call, measured: Measured) -> bool:
 def _stacked(lifts: Counter[str]) -> int:
     """Return how many axes these transformations stack outputs on."""
     return sum(lifts[lift] for lift in _STACKING)
-
-
-def _probe() -> jax.Array:
-    """Return an array of no elements; where its axis ends up tells where others were added."""
-    return jnp.zeros((0,))
 
 
 def _cannot(measured: Measured) -> str:
@@ -480,5 +420,3 @@ _MENDS = {
     "custom_vjp": f"Its `backward_fn` would leave the term without a gradient. {_OUTSIDE}",
     "while_loop": f"It cannot stack a term for each turn: use `nn.scan` with `length=`. {_OUTSIDE}",
 }
-
-_under_way: ContextVar[tuple[Calls, ...]] = ContextVar("jaxreg_calls", default=())

@@ -2,8 +2,6 @@
 
 from ._base import Constraint as Constraint
 from ._base import Penalty as Penalty
-from ._base import Separable as Separable
-from ._base import Statistic as Statistic
 from ._base import Sum as Sum
 from ._constraints import Box as Box
 from ._constraints import L1Ball as L1Ball
@@ -61,9 +59,11 @@ from ._routing import TopKLoadBalance as TopKLoadBalance
 from ._separable import L1 as L1
 from ._separable import L1L2 as L1L2
 from ._separable import L2 as L2
+from ._separable import Separable as Separable
 from ._spectral import Nuclear as Nuclear
 from ._spectral import SpectralNorm as SpectralNorm
 from ._statistic import KLSparsity as KLSparsity
+from ._statistic import Statistic as Statistic
 from ._temporal import ActivationNorm as ActivationNorm
 from ._temporal import Slowness as Slowness
 from ._temporal import TemporalDifference as TemporalDifference

@@ -1,4 +1,4 @@
-"""What a penalty is, and the two shapes that most penalties have."""
+"""What a penalty is, what a constraint is, and the sum of several penalties."""
 
 import abc
 import dataclasses
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._arithmetic import count_examples, divide, real_dtype, wide
+from ._arithmetic import divide, real_dtype, wide
 from ._checks import NON_NEGATIVE, check_step, require
 from ._explicit import on_any_mesh
 from ._fields import array, positive, register, setting, static
@@ -211,83 +211,6 @@ class Penalty(abc.ABC):
 
     def _require(self, field: str, what: str, holds: Callable[[float], bool]) -> None:
         require(f"{type(self).__name__}({field}=...)", getattr(self, field), what, holds)
-
-
-class Separable(Penalty):
-    r"""A penalty that is a sum of one function over the entries.
-
-    $$ R(x) = s \sum_i \varphi(x_i) $$
-
-    Since φ is elementwise, it and its derivative fuse into whatever produces or updates `x`.
-
-    Args:
-        strength: s.
-
-    Example:
-        >>> import dataclasses
-        >>> import jax.numpy as jnp
-        >>> import jaxreg as jr
-        >>> class PseudoHuber(jr.penalties.Separable):
-        ...     _: dataclasses.KW_ONLY
-        ...     delta: float = jr.penalties.positive(default=1.0)
-        ...
-        ...     def phi(self, x):
-        ...         return self.delta**2 * (jnp.sqrt(1 + (x / self.delta) ** 2) - 1)
-        >>> round(float(PseudoHuber(0.5, delta=2.0)(jnp.array([2 * 3**0.5, 0.0]))), 4)
-        2.0
-        >>> PseudoHuber(0.5, delta=-1.0)
-        Traceback (most recent call last):
-        ValueError: `jaxreg.PseudoHuber(delta=...)` must be a positive, finite scalar; got -1.0.
-    """
-
-    strength: ArrayLike
-
-    entrywise: ClassVar[bool] = True
-
-    @abc.abstractmethod
-    def phi(self, x: jax.Array) -> jax.Array:
-        """Return φ of each entry, a real array of the shape of `x`, without the strength."""
-
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        return jnp.sum(self.phi(x), where=where)
-
-
-class Statistic(Penalty):
-    r"""A penalty of means over examples.
-
-    $$ R(x) = s \cdot f\!\left(\tfrac1n \sum_{i=1}^{n} m(x_i)\right) $$
-
-    The last axis holds features, all others together are the n examples. The sums and n add up
-    across microbatches and devices, and f runs once, so that the value is that of the whole batch.
-    It averages over examples itself: no reduction divides it again.
-
-    Args:
-        strength: s.
-    """
-
-    strength: ArrayLike
-
-    @abc.abstractmethod
-    def sums(self, x: jax.Array, where: jax.Array | None) -> Any:
-        """Return Σ m(x_i): a pytree of arrays, summed over every axis of `x` but the last."""
-
-    def of_means(self, means: Any) -> jax.Array:
-        """Return f, a scalar, given the sums divided by n; finite where they are all 0.
-
-        Without one of a subclass's own it is the identity: the penalty is a mean.
-        """
-        mean: jax.Array = means
-        return mean
-
-    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        x = jnp.atleast_1d(x)
-        return self.sums(x, where), count_examples(x, where)
-
-    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
-        sums, examples = moments
-        means = jax.tree.map(lambda s: s / jnp.maximum(examples, 1), sums)
-        value = jnp.asarray(self.strength, examples.dtype) * self.of_means(means)
-        return jnp.where(examples > 0, value, jnp.zeros_like(value))
 
 
 class Constraint(Penalty):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._arithmetic import of_rank, polar, squared_modulus
-from ._base import Penalty, Statistic
+from ._base import Penalty
 from ._checks import check_broadcasts, require_choice
 from ._fields import ArrayOrTree, array, positive, static
+from ._statistic import Statistic
 
 Direction = Literal["forward", "reverse"]
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Separable
 from ._fields import positive, setting
+from ._separable import Separable
 
 
 class HardConcrete(Separable):

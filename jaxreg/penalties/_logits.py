@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._base import Statistic
+from ._statistic import Statistic
 
 
 class MeanOverTokens(Statistic):

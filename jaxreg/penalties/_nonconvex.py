@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._arithmetic import modulus
-from ._base import Separable
 from ._fields import positive, setting
+from ._separable import Separable
 
 
 class Lp(Separable):

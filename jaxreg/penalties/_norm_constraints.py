@@ -171,6 +171,8 @@ class MinMaxNorm(NormConstraint):
 class MatrixConstraint(Constraint):
     """A constraint on matrices; a subclass declares `axis` and `batch_axes`."""
 
+    takes_complex: ClassVar[bool] = True
+
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)
         check_matrices(self, x, name)
@@ -213,8 +215,6 @@ class Orthonormal(MatrixConstraint):
     _: KW_ONLY
     axis: int | tuple[int, ...] | None = static(default=None)
     batch_axes: int | tuple[int, ...] = static(default=())
-
-    takes_complex: ClassVar[bool] = True
 
     def _project(self, x: jax.Array) -> jax.Array:
         matrices, back = as_matrices(self, x)
@@ -265,8 +265,6 @@ class SpectralBall(MatrixConstraint):
     _: KW_ONLY
     axis: int | tuple[int, ...] | None = static(default=None)
     batch_axes: int | tuple[int, ...] = static(default=())
-
-    takes_complex: ClassVar[bool] = True
 
     def _project(self, x: jax.Array) -> jax.Array:
         matrices, back = as_matrices(self, x)

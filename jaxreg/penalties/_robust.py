@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._arithmetic import modulus
-from ._base import Separable
 from ._checks import require_choice, require_order
 from ._fields import positive, setting, static
+from ._separable import Separable
 
 
 class Huber(Separable):

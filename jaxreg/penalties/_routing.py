@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ._arithmetic import scaled_to_one
-from ._base import Statistic
 from ._checks import require_choice, require_integer
 from ._fields import static
+from ._statistic import Statistic
 
 Scores = Literal["softmax", "sigmoid"]
 

@@ -1,5 +1,6 @@
 """Penalties that are a sum of one function over the entries."""
 
+import abc
 from typing import ClassVar
 
 import jax
@@ -7,7 +8,46 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._arithmetic import divide, modulus, squared_modulus
-from ._base import Penalty, Separable
+from ._base import Penalty
+
+
+class Separable(Penalty):
+    r"""A penalty that is a sum of one function over the entries.
+
+    $$ R(x) = s \sum_i \varphi(x_i) $$
+
+    Since φ is elementwise, it and its derivative fuse into whatever produces or updates `x`.
+
+    Args:
+        strength: s.
+
+    Example:
+        >>> import dataclasses
+        >>> import jax.numpy as jnp
+        >>> import jaxreg as jr
+        >>> class PseudoHuber(jr.penalties.Separable):
+        ...     _: dataclasses.KW_ONLY
+        ...     delta: float = jr.penalties.positive(default=1.0)
+        ...
+        ...     def phi(self, x):
+        ...         return self.delta**2 * (jnp.sqrt(1 + (x / self.delta) ** 2) - 1)
+        >>> round(float(PseudoHuber(0.5, delta=2.0)(jnp.array([2 * 3**0.5, 0.0]))), 4)
+        2.0
+        >>> PseudoHuber(0.5, delta=-1.0)
+        Traceback (most recent call last):
+        ValueError: `jaxreg.PseudoHuber(delta=...)` must be a positive, finite scalar; got -1.0.
+    """
+
+    strength: ArrayLike
+
+    entrywise: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def phi(self, x: jax.Array) -> jax.Array:
+        """Return φ of each entry, a real array of the shape of `x`, without the strength."""
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        return jnp.sum(self.phi(x), where=where)
 
 
 class L1(Separable):

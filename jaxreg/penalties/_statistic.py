@@ -1,13 +1,54 @@
 """Penalties of means over examples."""
 
+import abc
 from dataclasses import KW_ONLY
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Statistic
+from ._arithmetic import count_examples
+from ._base import Penalty
 from ._fields import setting
+
+
+class Statistic(Penalty):
+    r"""A penalty of means over examples.
+
+    $$ R(x) = s \cdot f\!\left(\tfrac1n \sum_{i=1}^{n} m(x_i)\right) $$
+
+    The last axis holds features, all others together are the n examples. The sums and n add up
+    across microbatches and devices, and f runs once, so that the value is that of the whole batch.
+    It averages over examples itself: no reduction divides it again.
+
+    Args:
+        strength: s.
+    """
+
+    strength: ArrayLike
+
+    @abc.abstractmethod
+    def sums(self, x: jax.Array, where: jax.Array | None) -> Any:
+        """Return Σ m(x_i): a pytree of arrays, summed over every axis of `x` but the last."""
+
+    def of_means(self, means: Any) -> jax.Array:
+        """Return f, a scalar, given the sums divided by n; finite where they are all 0.
+
+        Without one of a subclass's own it is the identity: the penalty is a mean.
+        """
+        mean: jax.Array = means
+        return mean
+
+    def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.atleast_1d(x)
+        return self.sums(x, where), count_examples(x, where)
+
+    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+        sums, examples = moments
+        means = jax.tree.map(lambda s: s / jnp.maximum(examples, 1), sums)
+        value = jnp.asarray(self.strength, examples.dtype) * self.of_means(means)
+        return jnp.where(examples > 0, value, jnp.zeros_like(value))
 
 
 class KLSparsity(Statistic):

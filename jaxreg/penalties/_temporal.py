@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._base import Penalty, Statistic
+from ._base import Penalty
 from ._covariance import Scatter, inner
 from ._explicit import partitioned
 from ._fields import static
+from ._statistic import Statistic
 
 
 class ActivationNorm(Statistic):
