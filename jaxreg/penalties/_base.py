@@ -47,6 +47,12 @@ class Penalty(abc.ABC):
     quadratic: ClassVar[bool] = False
     r"""Whether the value is exactly strength · ‖x‖²."""
 
+    absolute: ClassVar[bool] = False
+    r"""Whether the value is exactly strength · ‖x‖₁."""
+
+    fuses: ClassVar[bool] = False
+    """Whether the proximal operator of its sum with an L1 is L1's after its own."""
+
     entrywise: ClassVar[bool] = False
     """Whether the moments are sums of functions of single entries."""
 
@@ -254,7 +260,10 @@ class Sum(Penalty):
 
     Its prox is known where all but one of the terms are multiples of ‖x‖²:
     prox of f + c‖·‖² with step t is prox of f at x / (1 + 2ct) with step t / (1 + 2ct)
-    (Parikh and Boyd, Proximal Algorithms, section 2.2, 2014).
+    (Parikh and Boyd, Proximal Algorithms, section 2.2, 2014). Several `jaxreg.L1` are one; next to
+    a `jaxreg.TotalVariation` (the fused lasso) their prox is taken of what its prox returns
+    (Friedman, Hastie, Höfling and Tibshirani, Pathwise coordinate optimization, Annals of Applied
+    Statistics 1(2), 2007).
 
     Args:
         terms: the penalties.
@@ -305,18 +314,20 @@ class Sum(Penalty):
         return tuple(sorted(axes))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        others = [term for term in self.terms if not term.quadratic]
-        if len(others) > 1:
+        squares = [term for term in self.terms if term.quadratic]
+        lasso = [term for term in self.terms if term.absolute]
+        others = [term for term in self.terms if not term.quadratic and not term.absolute]
+        if len(others) > 1 or (others and lasso and not others[0].fuses):
             raise NotImplementedError(
                 f"`jaxreg.Sum` has a closed-form proximal operator only where at most one term is"
-                f" not an L2; got {self!r}. An L1 and a GroupLasso together are a"
-                " `jaxreg.SparseGroupLasso`."
+                f" not an L2, or all others are L1 and one TotalVariation; got {self!r}. An L1 and"
+                " a GroupLasso together are a `jaxreg.SparseGroupLasso`."
             )
-        curvature = sum(
-            2 * step * getattr(term, "strength") for term in self.terms if term.quadratic
-        )
-        shrunk = x / (1 + curvature)
-        return others[0]._prox(shrunk, step / (1 + curvature)) if others else shrunk
+        curvature = sum(2 * step * getattr(term, "strength") for term in squares)
+        z, step = x / (1 + curvature), step / (1 + curvature)
+        for term in [*others, *lasso]:
+            z = term._prox(z, step)
+        return z
 
     def __mul__(self, factor: ArrayLike) -> "Sum":
         return Sum(tuple(term * factor for term in self.terms))

@@ -89,7 +89,7 @@ class TotalVariation(Ordered):
         t·s / length towards its neighbours. Made of whole-array operations, in rounds of which
         there are about log₂ of the number of distinct values; signals on other axes run together.
         Its derivative by x is the mean over each segment. A NaN makes its signal NaN; an infinite
-        entry stays.
+        entry stays. A sum with a `jaxreg.L1` (the fused lasso) has one as well.
 
     Raises:
         ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar; for an
@@ -111,11 +111,14 @@ class TotalVariation(Ordered):
         60, 1992. Hochbaum, An efficient algorithm for image segmentation, Markov random fields and
         related problems, Journal of the ACM 48(4), 2001. Chambolle and Darbon, On total variation
         minimization and surface evolution using parametric maximum flows, International Journal of
-        Computer Vision 84(3), 2009.
+        Computer Vision 84(3), 2009. Tibshirani, Saunders, Rosset, Zhu and Knight, Sparsity and
+        smoothness via the fused lasso, JRSS B 67(1), 2005.
     """
 
     _: KW_ONLY
     isotropic: bool = static(default=False)
+
+    fuses: ClassVar[bool] = True
 
     @partitioned
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:

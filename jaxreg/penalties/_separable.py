@@ -80,6 +80,7 @@ class L1(Separable):
     """
 
     takes_complex: ClassVar[bool] = True
+    absolute: ClassVar[bool] = True
 
     def phi(self, x: jax.Array) -> jax.Array:
         return modulus(x)

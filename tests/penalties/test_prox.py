@@ -248,12 +248,17 @@ def test_l1_plus_l2_is_the_elastic_net_in_either_order():
 
 @pytest.mark.parametrize(
     "penalty",
-    [jr.L1(1.0) + jr.GroupLasso(1.0), jr.L2(1.0) + jr.L1(1.0) + jr.L1L2(1.0, 1.0)],
-    ids=["L1+GroupLasso", "L2+L1+L1L2"],
+    [
+        jr.L1(1.0) + jr.GroupLasso(1.0),
+        jr.L2(1.0) + jr.L1(1.0) + jr.L1L2(1.0, 1.0),
+        jr.TotalVariation(1.0) + jr.TotalVariation(1.0, axis=0),
+    ],
+    ids=["L1+GroupLasso", "L2+L1+L1L2", "TotalVariation+TotalVariation"],
 )
 def test_sum_without_a_closed_form_says_so(penalty):
     with pytest.raises(
-        NotImplementedError, match="only where at most one term is not an L2; got L"
+        NotImplementedError,
+        match=r"only where at most one term is not an L2, or all .* one TotalVariation; got [LT]",
     ):
         penalty.prox(jnp.ones((2, 2)), 0.1)
 

@@ -4,6 +4,7 @@ import jaxreg as jr
 
 from ._case import CODES, MATRIX, Case
 from .group import columns
+from .ordered import total_variation
 from .separable import l1, l2
 from .statistic import kl
 
@@ -14,6 +15,14 @@ CASES = [
         lambda x, s: columns(x, 2 * s) + l2(x, 2 * s),
         MATRIX,
         curvature=4,
+    ),
+    Case(
+        "L1+L2+TotalVariation+L1",
+        lambda s: jr.L1(s) + jr.L2(s) + jr.TotalVariation(2 * s, axis=0) + jr.L1(s),
+        lambda x, s: l1(x, 2 * s) + l2(x, s) + total_variation(x, 2 * s),
+        MATRIX,
+        takes_complex=False,
+        curvature=2,
     ),
     Case(
         "2*(L1+KLSparsity)",

@@ -12,7 +12,7 @@ from ._case import MATRIX, Case, away_from_zero
 IMAGES = away_from_zero(2, 8, 3, seed=4)
 
 
-def _total_variation(x: Any, s: float) -> float:
+def total_variation(x: Any, s: float) -> float:
     x = np.real(x)
     return s * math.fsum(
         abs(x[i + 1, j] - x[i, j]) for i in range(x.shape[0] - 1) for j in range(x.shape[1])
@@ -56,7 +56,7 @@ CASES = [
     Case(
         "TotalVariation",
         lambda s: jr.TotalVariation(s, axis=0),
-        _total_variation,
+        total_variation,
         MATRIX,
         takes_complex=False,
         sparse=False,
