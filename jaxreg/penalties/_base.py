@@ -324,7 +324,8 @@ class Sum(Penalty):
                 " a GroupLasso together are a `jaxreg.SparseGroupLasso`."
             )
         curvature = sum(2 * step * getattr(term, "strength") for term in squares)
-        z, step = x / (1 + curvature), step / (1 + curvature)
+        z: jax.Array = x / (1 + curvature)
+        step = step / (1 + curvature)
         for term in [*others, *lasso]:
             z = term._prox(z, step)
         return z
