@@ -8,9 +8,10 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["KERAS_BACKEND"] = "jax"
 flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Much of the suite's time is compilation; one thread for each program, as the workers use them all.
+flags += " --xla_cpu_parallel_codegen_split_count=1"
 if "xla_backend_optimization_level" not in flags:
-    # Most of the suite's time is compilation.
-    flags += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    flags += " --xla_backend_optimization_level=0"
     if version("jaxlib").startswith("0.10."):
         # There the older code generator takes two thirds of the time; the newest JAX has none.
         flags += " --xla_cpu_use_fusion_emitters=false"
