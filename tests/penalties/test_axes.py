@@ -23,9 +23,15 @@ GROUPED = [
 @pytest.mark.parametrize("penalty", GROUPED, ids=lambda p: type(p).__name__)
 def test_stacked_layers_are_separate_arrays(penalty):
     one = type(penalty)(**{**vars(penalty), "batch_axes": ()})
-    np.testing.assert_allclose(penalty(LAYERS), sum(map(one, LAYERS)), rtol=1e-6)
-    expected = jax.vmap(lambda layer: one.prox(layer, 0.7))(LAYERS)
-    np.testing.assert_allclose(penalty.prox(LAYERS, 0.7), expected, rtol=1e-6)
+
+    @jax.jit
+    def value_and_prox(penalty, x):
+        return penalty(x), penalty.prox(x, 0.7)
+
+    value, z = value_and_prox(penalty, LAYERS)
+    values, expected = jax.vmap(value_and_prox, (None, 0))(one, LAYERS)
+    np.testing.assert_allclose(value, np.sum(values), rtol=1e-6)
+    np.testing.assert_allclose(z, expected, rtol=1e-6)
     if not isinstance(penalty, jr.ExclusiveLasso | jr.L1Inf):
         # Without it a group reaches over the layers.
         assert abs(one(LAYERS) - penalty(LAYERS)) > 1e-3
