@@ -281,8 +281,11 @@ def contractive(
     x, kernel, bias = wide(x), wide(kernel), wide(bias)
     z = x @ kernel
     z += of_rank(z.ndim, bias)
-    _, slopes = jax.jvp(activation, (z,), (jnp.ones_like(z),))
-    return _mean(jnp.square(slopes) @ jnp.sum(jnp.square(kernel), axis=0))
+    # Backwards, as a `jax.custom_vjp` has no other derivative; the entries are independent.
+    _, pull = jax.vjp(activation, z)
+    (slopes,) = pull(jnp.ones_like(z))
+    weights = of_rank(z.ndim, jnp.sum(jnp.square(kernel), axis=0))
+    return _mean(jnp.sum(jnp.square(slopes) * weights, axis=-1))
 
 
 def lipschitz_bound(kernels: Any) -> jax.Array:

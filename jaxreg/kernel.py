@@ -33,7 +33,8 @@ def kernel(
             them. A pattern is a glob (`*` within a segment, `**` any number of segments), a
             compiled regular expression, or a predicate of the path. A bare penalty means every
             leaf named `kernel` or `embedding`: no biases, no norm scales.
-        strict: whether a rule that wins no leaf is an error.
+        strict: whether a rule that wins no leaf is an error, and one that spells out a leaf which
+            is masked.
 
     Returns:
         A `Kernel`, which is itself a pytree whose leaves are the strengths.
@@ -98,8 +99,13 @@ class Kernel:
                 penalty is not a sum over single entries, and where JAX does not know which leaves
                 are split (`check_vma=False`).
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
-                leaf whose penalty has no modulus.
+                leaf whose penalty has no modulus; for an integer in place of a tree.
         """
+        if hasattr(params, "dtype") and jnp.issubdtype(params.dtype, jnp.integer):
+            raise TypeError(
+                f"`jaxreg.kernel` takes a tree of parameters; got {params!r}. If that is the count"
+                ' of a schedule: `optax.inject_hyperparams(..., static_args="reg")`.'
+            )
         total: jax.Array = jnp.float32(0)
         alike: dict[Any, list[jax.Array]] = {}
         for leaf in self._match(params).leaves:
@@ -224,7 +230,9 @@ class Kernel:
         if penalty is None or rule is None:
             return _Leaf(path, value, rule, None)
         if not is_floating(value):
-            if names(self.rules.patterns[rule], path):
+            # A leaf that is masked out is often another part's, to which the same rules belong.
+            elsewhere = isinstance(value, optax.MaskedNode) and not self.rules.strict
+            if names(self.rules.patterns[rule], path) and not elsewhere:
                 raise TypeError(
                     f'`jaxreg.kernel` cannot penalize "{path}": it takes floating-point arrays,'
                     f" and this leaf is {_kind(value)}. Drop the rule {self.rules.name(rule)}."

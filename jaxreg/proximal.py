@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
 from jaxreg.penalties import Penalty
-from jaxreg.penalties._arithmetic import wide
-from jaxreg.penalties._checks import require_choice
+from jaxreg.penalties._arithmetic import root, wide
+from jaxreg.penalties._checks import NON_NEGATIVE, require, require_choice
 from jaxreg.transforms import (
     apply_prox,
     require_kernel,
@@ -25,19 +25,25 @@ def proximal_sgd(
 ) -> optax.GradientTransformation:
     r"""Descend along the gradient, then apply the proximal operator with the same step.
 
-    $$ m \leftarrow \mu m + g, \qquad w \leftarrow \mathrm{prox}_{\eta R}(w - \eta m) $$
+    $$ m \leftarrow \mu m + g, \qquad
+       w \leftarrow \mathrm{prox}_{\frac{\eta}{1 - \mu} R}(w - \eta m) $$
+
+    The fixed points are those of loss + R: for a gradient that stays, m is g / (1 − μ), as in
+    `optax.sgd`, and so is the step of the proximal operator. (It is ProxGen with a rate of
+    η / (1 − μ) and the mean (1 − μ)·m.)
 
     Args:
         learning_rate: η, a scalar or a schedule from the number of updates made so far to one.
         reg: a `jaxreg.kernel` whose penalties have a closed-form proximal operator.
-        momentum: μ, or None for 0, which is proximal gradient descent (ISTA).
+        momentum: μ, 0 ≤ μ < 1, or None for 0, which is proximal gradient descent (ISTA).
 
     Returns:
         An `optax.GradientTransformation`, whose `update` needs `params`.
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
-        ValueError: for a concrete η that is negative, NaN, infinite or no scalar.
+        ValueError: for a concrete η that is negative, NaN, infinite or no scalar, or a concrete μ
+            that is not in [0, 1).
         NotImplementedError: from `update`, for a penalty without a closed-form operator.
 
     Example:
@@ -51,14 +57,26 @@ def proximal_sgd(
 
     References:
         Combettes and Wajs, Signal recovery by proximal forward-backward splitting, Multiscale
-        Modeling & Simulation 4(4), 2005.
+        Modeling & Simulation 4(4), 2005. Yun, Lozano and Yang, A general family of stochastic
+        proximal gradient methods for deep learning (ProxGen), arXiv:2007.07484, 2020.
     """
     require_kernel("proximal_sgd", reg)
     require_step("proximal_sgd(learning_rate=...)", learning_rate)
+    steps = 1.0
+    if momentum is not None:
+        require("proximal_sgd(momentum=...)", momentum, *_DECAY)
+        steps = 1 / (1 - momentum)
     return optax.chain(
         optax.sgd(learning_rate, momentum=momentum),  # type: ignore[arg-type,unused-ignore]
-        apply_prox(reg, learning_rate),
+        apply_prox(reg, _times(steps, learning_rate)),
     )
+
+
+_DECAY = "a scalar from 0 on, below 1", lambda value: 0 <= value < 1
+
+
+def _times(factor: float, rate: ArrayLike | optax.Schedule) -> Any:
+    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
 
 
 class FistaState(NamedTuple):
@@ -213,7 +231,8 @@ class ProximalAdamState(NamedTuple):
     Args:
         count: number of updates made, an int32 scalar.
         mu: the mean of the gradients, a tree like the parameters.
-        nu: the mean of their squares, a tree like the parameters.
+        nu: the mean of their squares, a tree like the parameters, in float32 for half precision:
+            with b2 = 0.999 a mean in bfloat16 stops moving, and a square in float16 underflows.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -252,7 +271,8 @@ def proximal_adam(
 
     Raises:
         TypeError: if `reg` is not a `jaxreg.kernel`.
-        ValueError: for a concrete η that is negative, NaN, infinite or no scalar.
+        ValueError: for a concrete η or ε that is negative, NaN, infinite or no scalar, or a decay
+            that is not in [0, 1).
         NotImplementedError: from `update`, for a penalty of a whole array, or one without a
             closed-form operator.
 
@@ -271,12 +291,15 @@ def proximal_adam(
     """
     require_kernel("proximal_adam", reg)
     require_step("proximal_adam(learning_rate=...)", learning_rate)
+    require("proximal_adam(b1=...)", b1, *_DECAY)
+    require("proximal_adam(b2=...)", b2, *_DECAY)
+    require("proximal_adam(eps=...)", eps, *NON_NEGATIVE)
 
     def init(params: Any) -> ProximalAdamState:
         return ProximalAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params),
-            nu=jax.tree.map(lambda x: jnp.zeros_like(jnp.real(x)), params),
+            nu=jax.tree.map(lambda x: jnp.zeros_like(wide(jnp.real(x))), params),
         )
 
     def update(
@@ -286,14 +309,14 @@ def proximal_adam(
         params = jax.tree.map(jnp.asarray, params)
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        gradients = jax.tree.map(lambda g: wide(jnp.asarray(g)), updates)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
         mean = optax.tree.bias_correction(mu, b1, count)
         square = optax.tree.bias_correction(nu, b2, count)
         rate: Any = value_of(learning_rate, state)
 
         def steps(v: jax.Array) -> jax.Array:
-            # In half precision ε would be 0.
-            return jnp.asarray(rate / (jnp.sqrt(wide(v)) + eps))
+            return jnp.asarray(rate / (root(v) + eps))
 
         def penalized(penalty: Penalty, leaf: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             axes = penalty.step_axes(leaf.ndim)

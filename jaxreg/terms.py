@@ -309,6 +309,7 @@ def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None
         The combined terms.
 
     Raises:
+        TypeError: for parts that are no `Terms`.
         ValueError: for an empty sequence, one `Terms` of a single batch, or terms of different
             sites; for a penalty that does not add up over the leading axis: `L1Inf` of groups,
             matrices, neighbours or groups of tokens that reach over it.
@@ -321,11 +322,18 @@ def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None
         >>> float(jr.combine(terms).total)
         2.0
     """
+    if not isinstance(terms, Terms):
+        terms = list(terms)
+        for part in terms:
+            if not isinstance(part, Terms):
+                raise TypeError(
+                    "`jaxreg.combine` takes `Terms`, the second of what"
+                    f" `jaxreg.activity(...)(apply)` returns; got a {type(part).__name__}."
+                )
     if axis_name is not None:
         shard = terms if isinstance(terms, Terms) else combine(terms)
         return shard._map(lambda call: call.psum(axis_name))
     if not isinstance(terms, Terms):
-        terms = list(terms)
         if not terms:
             raise ValueError("`jaxreg.combine` takes at least one `Terms`; got none.")
         structures = {jax.tree.structure(t) for t in terms}

@@ -91,8 +91,10 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
     $$ u \leftarrow \mathrm{prox}_{t R}(w + u) - w $$
 
     Put it last in the chain. With `optax.sgd(lr)` before it and t = lr it is proximal gradient
-    descent on loss + R (ISTA). Where the proximal operator gives a zero, `optax.apply_updates`
-    gives an exact zero.
+    descent on loss + R (ISTA); with `optax.sgd(lr, momentum=μ)`, t = lr / (1 − μ), as the steps add
+    up to that (`jaxreg.proximal_sgd`). Where the proximal operator gives a zero,
+    `optax.apply_updates` gives an exact zero. Inside `jax.shard_map` it sees each shard's part:
+    right for penalties of single entries.
 
     Args:
         reg: a `jaxreg.kernel` whose penalties have a closed-form proximal operator.
@@ -133,6 +135,7 @@ def project(reg: Kernel) -> optax.GradientTransformation:
 
     Put it last in the chain: what comes after it may leave the set again. `optax.apply_updates`
     adds the difference to w, and so meets the set up to a rounding error of w; zeros are exact.
+    Inside `jax.shard_map` it sees each shard's part: right for bounds of single entries.
 
     Args:
         reg: a `jaxreg.kernel` of constraints (`MaxNorm`, `NonNegative`, `Simplex`, …).

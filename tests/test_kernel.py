@@ -155,6 +155,23 @@ def test_describe_shows_what_is_no_parameter_as_exempt(leaf):
     assert re.search(r"^layer/other .* exempt +-$", table, re.MULTILINE)
 
 
+def test_rules_that_are_not_strict_may_spell_out_what_is_masked_but_nothing_else():
+    kernel = jr.kernel({"layer/kernel": jr.L1(1.0), "layer/other": jr.L1(1.0)}, strict=False)
+    assert kernel(tree_with(optax.MaskedNode())) == 6.0
+    with pytest.raises(TypeError, match="this leaf is of dtype int32"):
+        kernel(tree_with(jnp.arange(3)))
+
+
+def test_parts_of_a_partition_share_rules_that_are_not_strict():
+    kernel = jr.kernel({"a/kernel": jr.L1(1.0), "b/kernel": jr.L1(2.0)}, strict=False)
+    parts = {name: jr.apply_prox(kernel, step) for name, step in (("x", 0.1), ("y", 0.2))}
+    tx = optax.partition(parts, {"a": {"kernel": "x"}, "b": {"kernel": "y"}})
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"]["kernel"], -0.4, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("leaf", "kind"), UNPENALIZED.values(), ids=UNPENALIZED)
 def test_spelling_out_what_is_no_parameter_is_an_error(leaf, kind):
     message = (

@@ -69,11 +69,23 @@ def test_proximal_sgd_is_a_momentum_step_and_then_the_prox(momentum):
     w, m, expected = W, 0.0, []
     for _ in range(5):
         m = (momentum or 0) * m + slope(w)
-        w = soft(w - 0.05 * m, 0.05 * 0.3)
+        w = soft(w - 0.05 * m, 0.05 * 0.3 / (1 - (momentum or 0)))
         expected.append(w)
     with jax.enable_x64():
         path, _ = train(jr.proximal_sgd(0.05, L1, momentum=momentum), 5, {"w": jnp.asarray(W)})
     np.testing.assert_allclose(path["w"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.02, optax.constant_schedule(0.02)], ids=["rate", "schedule"])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_momentum_does_not_change_what_proximal_sgd_minimizes(momentum, rate):
+    kernel = jr.kernel({"w": jr.L1(2.0)})
+    with jax.enable_x64():
+        path, _ = train(jr.proximal_sgd(rate, kernel, momentum=momentum), 3000, {"w": W})
+        w = path["w"][-1]
+        kkt = w - jr.L1(2.0).prox(w - slope(w), 1.0)
+    assert np.abs(kkt).max() < 1e-9
+    assert 0 < np.sum(w == 0) < 4
 
 
 def fista_in_numpy(steps, rate, restart):
@@ -172,6 +184,53 @@ def test_proximal_adam_ends_where_the_loss_and_the_penalty_balance():
     assert np.abs(other - w).max() > 0.05
 
 
+def test_training_by_proximal_adam_has_a_derivative_where_a_gradient_is_zero():
+    """A ReLU that is never active gives its bias a gradient, and a mean square, of exactly 0."""
+
+    def trained(strength):
+        def objective(params):
+            return jnp.sum(params["w"] ** 2 + jax.nn.relu(params["w"] * params["bias"] - 1))
+
+        tx = jr.proximal_adam(0.1, jr.kernel({"w": jr.L1(strength)}))
+        params = {"w": jnp.ones(1), "bias": jnp.zeros(1)}
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(objective)(params), state, params)
+            params = optax.apply_updates(params, updates)
+        return objective(params)
+
+    with jax.enable_x64():
+        derivative = jax.jit(jax.grad(trained))(0.1)
+        ahead, behind = float(trained(0.1 + 1e-6)), float(trained(0.1 - 1e-6))
+    np.testing.assert_allclose(derivative, (ahead - behind) / 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_proximal_adam_in_half_precision_keeps_the_squares_of_small_gradients(dtype):
+    gradients = np.array([5e-3, 1e-2, 1e-4, 1e-1], np.float32)
+    tx = jr.proximal_adam(1e-3, jr.kernel({"w": jr.L1(1e-4)}))
+    out = {}
+    for precision in (dtype, jnp.float32):
+        params = {"w": jnp.full(4, 0.5, precision)}
+        grads = {"w": jnp.asarray(gradients, precision)}
+        updates, _ = tx.update(grads, tx.init(params), params)
+        out[precision] = np.asarray(optax.apply_updates(params, updates)["w"], np.float32)
+    np.testing.assert_allclose(out[dtype], out[jnp.float32], rtol=float(jnp.finfo(dtype).eps))
+
+
+def test_proximal_adam_of_bfloat16_goes_on_to_average():
+    params = {"w": jnp.ones(64, jnp.bfloat16)}
+    tx = jr.proximal_adam(0.0, jr.kernel({"w": jr.L1(0.0)}))
+
+    def step(state, key):
+        grads = {"w": jax.random.normal(key, (64,), jnp.bfloat16)}
+        return tx.update(grads, state, params)[1], None
+
+    state, _ = jax.lax.scan(step, tx.init(params), jax.random.split(jax.random.key(0), 4000))
+    assert state.nu["w"].dtype == jnp.float32
+    np.testing.assert_allclose(np.mean(state.nu["w"]), 1 - 0.999**4000, rtol=0.02)
+
+
 class WholeArray(jr.Penalty):
     strength: Any
 
@@ -211,6 +270,21 @@ def test_missing_parameters_are_an_error(name):
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan"), True], ids=repr)
+def test_a_decay_that_is_none_is_an_error(decay):
+    makers: dict[str, Any] = {
+        "proximal_sgd(momentum": lambda: jr.proximal_sgd(0.1, L1, momentum=decay),
+        "proximal_adam(b1": lambda: jr.proximal_adam(0.1, L1, b1=decay),
+        "proximal_adam(b2": lambda: jr.proximal_adam(0.1, L1, b2=decay),
+    }
+    for argument, make in makers.items():
+        message = f"`jaxreg.{argument}=...)` must be a scalar from 0 on, below 1; got"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make()
+    with pytest.raises(ValueError, match=re.escape("`jaxreg.proximal_adam(eps=...)` must be a f")):
+        jr.proximal_adam(0.1, L1, eps=-1e-8)
 
 
 def test_settings_of_fista_are_checked():

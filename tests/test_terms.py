@@ -255,6 +255,20 @@ def test_combine_of_nothing_is_an_error():
         jr.combine([])
 
 
+@pytest.mark.parametrize("axis_name", [None, "batch"])
+def test_combine_of_what_are_no_terms_is_an_error(axis_name):
+    terms = terms_of(CODES, jr.L1(1.0))
+    wrong: list[Any] = [[(CODES, terms)], (CODES, terms), terms.as_dict()]
+    for parts in wrong:
+        with pytest.raises(TypeError, match=r"takes `Terms`, the second of what `jaxreg\.activity"):
+            jr.combine(parts, axis_name=axis_name)
+
+
+def test_combine_takes_an_iterator():
+    terms = terms_of(CODES, jr.L1(1.0))
+    assert jr.combine(iter([terms, terms])).total == terms.total
+
+
 def test_combine_of_different_sites_is_an_error():
     terms = [terms_of(CODES, jr.L1(1.0), path=path) for path in ("a", "b")]
     with pytest.raises(

@@ -311,6 +311,12 @@ def test_injected_scalar(transform, argument, sign):
     np.testing.assert_allclose(seen, sign * np.array([0.1, 0.2]), rtol=1e-6)
 
 
+def test_a_kernel_that_is_injected_as_a_schedule_says_what_to_write():
+    tx = optax.inject_hyperparams(jr.apply_prox)(reg=jr.kernel(jr.L1(1.0)), step_size=0.1)
+    with pytest.raises(TypeError, match=r"got .*0.*inject_hyperparams\(..., static_args=\"reg\"\)"):
+        tx.init({"kernel": jnp.ones(1)})
+
+
 @pytest.mark.parametrize(
     "scale", [float("nan"), float("inf"), 1j, True, None, np.ones(2)], ids=lambda s: repr(s)
 )

@@ -265,6 +265,16 @@ def test_proximal_operators_on_a_mesh_of_explicit_axes():
     assert {a.sharding for a in jax.tree.leaves(found[0])} == {x.sharding}
 
 
+def test_contractive_of_a_layer_whose_units_are_split_on_a_mesh_of_explicit_axes():
+    x, weights = matrix((4, 6)), matrix((6, 8))
+    value = jax.value_and_grad(partial(jr.functional.contractive, jnp.tanh), argnums=(0, 1))
+    expected = value(x, weights)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"))):
+        split = jax.device_put(weights, PartitionSpec(None, "model"))
+        found = jax.jit(value)(jax.device_put(x, PartitionSpec()), split)
+    assert_all_close(found, expected, rtol=1e-5)
+
+
 class Autoencoder(nn.Module):
     @nn.compact
     def __call__(self, x):
