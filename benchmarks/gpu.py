@@ -9,7 +9,7 @@ where PyTorch is installed. Calls are queued: the GPU is waited for once in a ro
 Run:
     python -m benchmarks.gpu [--rounds N] [--smoke] [--tune FILE]
 
-With `--tune` the kernels take the fastest of up to 24 tilings of each shape, which the file then
+With `--tune` the kernels take the fastest of up to 13 tilings of each shape, which the file then
 keeps. In `jaxreg/ops/tuned.json` it decides what `implementation=None` runs.
 
 Writes `benchmarks/results/gpu-NAME.json`, where NAME is the device's, row by row, and prints them.
@@ -17,12 +17,15 @@ Writes `benchmarks/results/gpu-NAME.json`, where NAME is the device's, row by ro
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import json
 import re
 import sys
+import time
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,11 @@ from benchmarks._timing import interleaved, ratios, summary
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, HIDDEN = 8192, 16384
-WIDTHS = (256, 512, 1024, 4096)
+WIDTHS = (512, 1024, 256, 4096)
 PENALTY = jr.L1(1e-3)
 BF16: Any = jnp.bfloat16
+LONGEST = 200
+"""Seconds after which a row that is not done ends the program: a kernel may hang."""
 
 
 def operands(batch: int, width: int, hidden: int, dtype: Any = BF16) -> list[jax.Array]:
@@ -129,8 +134,8 @@ def runnable(*shapes: tuple[int, int, int]) -> list[str]:
     try:
         for shape in shapes:
             check("mosaic_gpu", *shape)
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        print(f"no kernel here: {str(error).splitlines()[0]}")
+    except Exception as error:  # what needs no kernel can be timed still
+        print(f"no kernel here: {str(error).splitlines()[0]}", flush=True)
         return ["xla"]
     return ["xla", "mosaic_gpu"]
 
@@ -163,28 +168,29 @@ def layer_steps(x: Any, w: Any, b: Any, *, penalty: Any, implementation: str | N
     return jax.value_and_grad(loss, argnums=(0, 1))(w, b)
 
 
-def optimizers(smoke: bool) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return AdamW ± a coupled penalty, over large leaves and over many small ones."""
-    large = [(1024, 1024)] * 4 if smoke else [(16384, 8192)] * 8
-    small = [(64, 64)] * 20 if smoke else [(256, 256)] * 200
+OPTIMIZERS = {
+    "AdamW, 1.07e9 parameters": ([(16384, 8192)] * 8, [(1024, 1024)] * 4),
+    "AdamW, 200 small leaves": ([(256, 256)] * 200, [(64, 64)] * 20),
+}
+
+
+def optimizers(name: str, smoke: bool) -> dict[str, Callable[[], Any]]:
+    """Return AdamW ± a coupled penalty, over large leaves or over many small ones."""
     adamw = optax.adamw(1e-3)
     chains = {
         "without": adamw,
         "xla": optax.chain(jr.add_penalty_gradient(jr.kernel(jr.L2(1e-4))), adamw),
     }
-    groups: dict[str, dict[str, Callable[[], Any]]] = {}
-    for name, shapes in (("AdamW, 1.07e9 parameters", large), ("AdamW, 200 small leaves", small)):
-        params = [{"kernel": jnp.ones(shape)} for shape in shapes]
-        groups[name] = {}
-        for label, tx in chains.items():
+    params = [{"kernel": jnp.ones(shape)} for shape in OPTIMIZERS[name][smoke]]
+    updates = {}
+    for label, tx in chains.items():
 
-            def update(params: Any, state: Any, tx: Any = tx) -> Any:
-                updates, state = tx.update(params, state, params)
-                return optax.apply_updates(params, updates)
+        def update(params: Any, state: Any, tx: Any = tx) -> Any:
+            updates, state = tx.update(params, state, params)
+            return optax.apply_updates(params, updates), state
 
-            state = tx.init(params)
-            groups[name][label] = functools.partial(jax.jit(update), params, state)
-    return groups
+        updates[label] = functools.partial(jax.jit(update), params, tx.init(params))
+    return updates
 
 
 def cross_entropies(tokens: int, features: int, words: int) -> dict[str, Callable[[], Any]]:
@@ -193,7 +199,16 @@ def cross_entropies(tokens: int, features: int, words: int) -> dict[str, Callabl
     hidden = jax.random.normal(keys[0], (tokens, features), BF16)
     weight = jax.random.normal(keys[1], (features, words), BF16) / features**0.5
     labels = jax.random.randint(keys[2], (tokens,), 0, words)
+
+    def narrow(hidden: Any, weight: Any, labels: Any) -> Any:
+        """Hold the logits in bfloat16, whose cotangents are too: no product has float32 factors."""
+        logits = (hidden @ weight).astype(jnp.float32)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return jnp.mean(lse - at_label + linear_cross_entropy.Z_LOSS * jnp.square(lse))
+
     losses = {
+        "held, bfloat16": narrow,
         "held": linear_cross_entropy.held,
         "recomputed": functools.partial(linear_cross_entropy.recomputed, chunk=tokens // 8),
         "jaxreg": linear_cross_entropy.ours,
@@ -265,18 +280,24 @@ def main() -> None:
             " `jax[cuda13]` on a machine with a GPU. What XLA and the kernels compile to without"
             " one: `python -m benchmarks.aot`."
         )
-    # Several tiles for each warpgroup, and in each way that these share a product. Before the
-    # tuning, which is for the shapes that are timed.
-    shapes = [(512, 256, 1024)] if options.smoke else [(2048, 256, HIDDEN), (2048, 1024, HIDDEN)]
-    implementations = runnable(*shapes)
-    tuning = contextlib.nullcontext()
-    if options.tune:
-        tuning = jr.ops.tuned(options.tune, measure=True)
-    with tuning:
-        _run(device, implementations, options)
+    failed = _run(device, options)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _run(device: jax.Device, implementations: list[str], options: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End the program where this takes longer, and say where it was."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _run(device: jax.Device, options: argparse.Namespace) -> list[str]:
+    """Time and write each row, and return the names of those that failed."""
+    # The widths that matter most come first, in case that the time is up before the last.
     batch, hidden, widths = (512, 1024, (256,)) if options.smoke else (BATCH, HIDDEN, WIDTHS)
     rows: list[dict[str, Any]] = []
     settings = {
@@ -287,37 +308,76 @@ def _run(device: jax.Device, implementations: list[str], options: argparse.Names
     }
     file = RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.device_kind.lower())}.json"
 
-    def time(name: str, functions: dict[str, Callable[[], Any]]) -> None:
+    def timed(functions: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         for f in functions.values():  # compiles
             jax.block_until_ready(f())
         if "mosaic_gpu" in functions:  # with the tiles that are timed
             assert_close(functions["mosaic_gpu"](), functions["xla"]())
         seconds = interleaved(functions, options.rounds, queued=device.platform == "gpu")
-        rows.append({"case": name} | {k: summary(v) for k, v in seconds.items()})
-        cells = [f"{k} {summary(v)['median'] * 1e6:,.0f} µs" for k, v in seconds.items()]
         baseline, *others = seconds
         relative = {k: ratios(seconds, k, baseline) for k in others}
-        rows[-1][f"÷ {baseline}"] = relative
-        cells += [f"{k} ÷ {baseline} {r['median']:.3f}" for k, r in relative.items()]
-        print(f"{name}: {'; '.join(cells)}", flush=True)
+        return {k: summary(v) for k, v in seconds.items()} | {f"÷ {baseline}": relative}
+
+    def row(name: str, build: Callable[[], dict[str, Callable[[], Any]]]) -> None:
+        start = time.perf_counter()
+        try:
+            with _ended_after(LONGEST):
+                found = timed(build())
+        except Exception as error:  # the others can be timed still
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        took = time.perf_counter() - start
+        rows.append({"case": name, "took": took, **found})
+        cells = []
+        for key, of in found.items():
+            if key.startswith("÷"):
+                cells += [f"{k} {key} {r['median']:.3f}" for k, r in of.items()]
+            elif key != "error":
+                cells.append(f"{key} {of['median'] * 1e6:,.0f} µs")
+        print(f"{name}: {'; '.join(cells) or found['error']} ({took:.0f} s)", flush=True)
         if not options.smoke:
             file.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
-    for width in widths:
-        arguments = operands(batch, width, hidden)
-        torches = torch_steps(batch, width, hidden) if width == 512 else {}
-        time(f"SAE step, D {width}", variants(steps, arguments, implementations) | torches)
-        if width == 512:  # its kernels also store, and load, what comes before the activation
-            gelu = functools.partial(steps, activation=jax.nn.gelu)
-            time(f"SAE step with GELU, D {width}", variants(gelu, arguments, implementations))
-        time(f"product, D {width}", variants(product, arguments[:2], implementations))
-        time(f"dense, D {width}, forward", variants(layer, arguments[:3], implementations))
-        time(f"dense, D {width}, step", variants(layer_steps, arguments[:3], implementations))
-    for name, functions in optimizers(options.smoke).items():
-        time(name, functions)
-    check_cross_entropies()
+    def entropies() -> dict[str, Callable[[], Any]]:
+        check_cross_entropies()
+        return cross_entropies(*shape)
+
+    # What needs no kernel first: a kernel that fails may leave the device unusable.
     shape = linear_cross_entropy.SMOKE if options.smoke else linear_cross_entropy.COMPILED
-    time("cross-entropy, {} tokens, {} features, {} words".format(*shape), cross_entropies(*shape))
+    row("cross-entropy, {} tokens, {} features, {} words".format(*shape), entropies)
+    for name in OPTIMIZERS:
+        row(name, functools.partial(optimizers, name, options.smoke))
+    # Several tiles for each warpgroup, and in each way that these share a product. Before the
+    # tuning, which is for the shapes that are timed.
+    shapes = [(512, 256, 1024)] if options.smoke else [(2048, 256, HIDDEN), (2048, 1024, HIDDEN)]
+    with _ended_after(LONGEST):
+        implementations = settings["implementations"] = runnable(*shapes)
+    tuning = contextlib.nullcontext()
+    if options.tune:
+        tuning = jr.ops.tuned(options.tune, measure=True)
+    with tuning:
+        for width in widths:
+            arguments = operands(batch, width, hidden)
+
+            def of(function: Any, count: int | None = None, arguments: Any = arguments) -> Any:
+                return functools.partial(variants, function, arguments[:count], implementations)
+
+            row(f"SAE step, D {width}", of(steps))
+            if width == 512:  # its kernels also store, and load, what comes before the activation
+                gelu = functools.partial(steps, activation=jax.nn.gelu)
+                row(f"SAE step with GELU, D {width}", of(gelu))
+            row(f"product, D {width}", of(product, 2))
+            row(f"dense, D {width}, forward", of(layer, 3))
+            row(f"dense, D {width}, step", of(layer_steps, 3))
+
+        # Last: its compiler takes long, and its failure is nobody's.
+        if not options.smoke and (torches := torch_steps(batch, 512, hidden)):
+            arguments = operands(batch, 512, hidden)
+            row(
+                "SAE step, D 512, and PyTorch",
+                lambda: variants(steps, arguments, implementations) | torches,
+            )
+    return [found["case"] for found in rows if "error" in found]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import concurrent.futures
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxreg.terms import varying_as
 
@@ -15,6 +15,7 @@ from ._kernel import Finish, Results
 from ._tiles import Config, Problem
 
 Outcome = tuple[list[jax.Array], list[jax.Array]]
+Plain = Callable[..., Outcome]
 
 
 def product(
@@ -26,6 +27,7 @@ def product(
     scalars: Sequence[jax.Array] = (),
     epilogue: Finish,
     results: Results,
+    plain: Plain,
     transposed: bool = False,
     name: str,
     asked_by: str | None,
@@ -42,6 +44,9 @@ def product(
             and in float32 (what is loaded, in its own dtype), and the scalars, returns parts of
             what is stored and of what is summed.
         results: how much it returns.
+        plain: the op as it is without a kernel, of x, w, loaded, columns and scalars: what runs
+            elsewhere, and what the kernel must beat. It need not round as the epilogue does, whose
+            product in float32 costs XLA more bytes than that in x's dtype.
         transposed: whether it is w's transpose that x is multiplied by.
         name: the kernel's.
         asked_by: the op that asks for the kernel. None leaves the product to XLA, but on devices
@@ -64,7 +69,7 @@ def product(
 
     def run(tiles: Config | None) -> Any:
         if tiles is None:
-            return functools.partial(_xla, **settings)
+            return plain
         kernel = functools.partial(_mosaic_gpu.product, tiles=tiles, name=name, **settings)
         if asked_by is None:
             return kernel
@@ -105,32 +110,33 @@ def wins(name: str, x: jax.Array, w: jax.Array, transposed: bool = False) -> boo
     return any(record.seconds < record.xla for record in _tuning.known(key).values())
 
 
-def _xla(
-    x: jax.Array,
-    w: jax.Array,
-    loaded: Sequence[jax.Array],
-    columns: Sequence[jax.Array],
-    scalars: Sequence[jax.Array],
-    *,
-    epilogue: Finish,
-    results: Results,
-    transposed: bool,
-) -> Outcome:
-    z = jnp.matmul(x, w.T if transposed else w, preferred_element_type=jnp.float32)
-    wide = [jnp.broadcast_to(column.astype(jnp.float32), z.shape) for column in columns]
-    stored, summed = epilogue(z, loaded, wide, scalars)
-    return [value.astype(x.dtype) for value in stored], results.total(summed)
-
-
 def _calls(run: Any, shapes: Any, problem: Problem) -> _tuning.Calls:
-    """Return the default device's kind, and compiled calls on arrays of these shapes."""
+    """Return compiled calls on arrays of these shapes."""
     # A GPU multiplies equal numbers faster than others.
     draw = functools.partial(jax.random.normal, jax.random.key(0))
     arrays = jax.tree.map(lambda a: draw(a.shape).astype(a.dtype), shapes)
-    (device,) = arrays[0].devices()
-    tried = (None, *_tuning.candidates(problem))
-    lowered = [jax.jit(run(tiles)).lower(*arrays) for tiles in tried]
+    calls: dict[Config | None, Callable[[], Any]] = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda program: program.compile(), lowered))
-    calls = {t: functools.partial(c, *arrays) for t, c in zip(tried, compiled, strict=True)}
-    return device.device_kind, calls
+        pending = {}
+        for tiles in (None, *_tuning.candidates(problem)):
+            try:
+                program = jax.jit(run(tiles)).lower(*arrays)
+            except NotImplementedError:  # for all tiles alike: the platform is another
+                raise
+            except Exception as error:
+                _left_out(tiles, error)
+                continue
+            pending[tiles] = pool.submit(program.compile)
+        for tiles, future in pending.items():
+            try:
+                calls[tiles] = functools.partial(future.result(), *arrays)
+            except Exception as error:
+                _left_out(tiles, error)
+    return calls
+
+
+def _left_out(tiles: Config | None, error: Exception) -> None:
+    """Say that tiles cannot be compiled; raise where these are XLA's."""
+    if tiles is None:
+        raise error
+    warnings.warn(f"{tiles} is left out: {str(error).splitlines()[0]}", stacklevel=1)

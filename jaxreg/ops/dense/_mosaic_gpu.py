@@ -84,13 +84,22 @@ def forward(
         # What is measured is what is returned: the rounded activation.
         return (a, z) if keep else (a,), evaluate(nodes, a.astype(jnp.float32), scalars)
 
+    results = Results(2 if keep else 1, tuple(over for _, over in sums.sums))
+
+    def plain(x: jax.Array, w: jax.Array, _: Any, columns: Any, scalars: Any) -> Any:
+        z = reference(x, w, columns[0], None)
+        a = activation(z)
+        summed = results.total(evaluate(nodes, a.astype(jnp.float32), scalars))
+        return [a, z] if keep else [a], summed
+
     stored, totals = product(
         x,
         w,
         columns=[b],
         scalars=scalars,
         epilogue=finish,
-        results=Results(2 if keep else 1, tuple(over for _, over in sums.sums)),
+        results=results,
+        plain=plain,
         name=kernel_name(keep),
         asked_by=asked_by,
     )

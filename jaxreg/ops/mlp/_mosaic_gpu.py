@@ -97,6 +97,13 @@ def backward(
         dz = (part + own) * slope
         return (dz,), (dz,)
 
+    def plain(dy: jax.Array, w: jax.Array, loaded: Any, columns: Any, scalars: Any) -> Any:
+        a, slope = with_slope(activation, loaded[0])
+        wide = [jnp.broadcast_to(column.astype(jnp.float32), a.shape) for column in columns]
+        (own,) = evaluate([penalty.node], a.astype(jnp.float32), scalars, wide)
+        dz = (jnp.matmul(dy, w.T) + own.astype(dy.dtype)) * slope
+        return [dz], [jnp.sum(dz.astype(jnp.float32), axis=0)]
+
     (dz,), (db,) = product(
         dy,
         w,
@@ -106,6 +113,7 @@ def backward(
         scalars=scalars,
         epilogue=finish,
         results=Results(stored=1, summed=("examples",)),
+        plain=plain,
         name=_kernel_name(activation),
         asked_by=asked_by,
     )
