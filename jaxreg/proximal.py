@@ -325,8 +325,7 @@ def proximal_adam(
                     f"`jaxreg.proximal_adam` takes penalties of single entries or of groups; got"
                     f" {penalty!r}. Use `jaxreg.apply_prox` after `optax.adam`."
                 )
-            # A mean over no axes would still round.
-            step = steps(jnp.mean(v, axes, keepdims=True) if axes else v)
+            step = steps(jnp.mean(v, axes, keepdims=True))
             return (penalty.prox(leaf - step * m, step) - leaf).astype(leaf.dtype)
 
         plain = jax.tree.map(lambda m, v: (-steps(v) * m).astype(m.dtype), mean, square)

@@ -438,3 +438,14 @@ def test_nnx_module_that_changes_its_state_in_the_call_is_an_error():
         functional.jacobian_norm(dropout, jnp.ones((2, 3)))
     dropout.deterministic = True
     assert functional.jacobian_norm(dropout, jnp.ones((2, 3))) == 3.0
+
+
+def test_squares_of_half_precision_jacobians_do_not_overflow():
+    x = jnp.ones((2, 3), jnp.float16)
+    assert functional.jacobian_norm(lambda x: 1000 * x, x) == 3e6
+
+
+def test_interpolates_of_half_precision_under_strict_promotion():
+    x = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(functional.interpolate, jax.random.key(0), x, x) == x

@@ -384,3 +384,16 @@ def test_threshold_of_batch_top_k_keeps_at_test_time_what_the_batch_kept():
     assert jr.gates.batch_top_k_threshold(jnp.zeros((2, 3))) == 0
     assert np.isnan(jr.gates.batch_top_k_threshold(jnp.array([1.0, jnp.nan])))
     np.testing.assert_array_equal(jax.grad(jr.gates.batch_top_k_threshold)(z), np.zeros_like(z))
+
+
+@pytest.mark.parametrize("function", [jr.gates.step, jr.gates.jump_relu])
+def test_the_kernel_is_open_at_its_ends(function):
+    for x in (0.5, 1.5):
+        slope = jax.grad(lambda t, x=x: function(x, t, bandwidth=1.0))(1.0)
+        assert slope == 0
+
+
+@pytest.mark.parametrize("function", [jr.gates.step, jr.gates.jump_relu])
+def test_a_threshold_that_is_nan_makes_its_gate_nan(function):
+    out = function(jnp.ones(2), jnp.array([jnp.nan, 0.5]), bandwidth=0.1)
+    np.testing.assert_array_equal(out, [jnp.nan, 1])

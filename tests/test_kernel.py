@@ -604,3 +604,22 @@ def test_a_penalty_of_ones_own_may_hold_an_array():
     penalty = To(1.0, reference=jnp.arange(32.0).reshape(4, 8))
     params = {"a": jnp.zeros((4, 8)), "b": jnp.zeros((4, 8))}
     assert jr.kernel({"*": penalty})(params) == 2 * penalty(params["a"])
+
+
+def test_a_sum_with_a_penalty_of_groups_is_no_sum_of_rows():
+    params = {
+        name: jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)), jnp.float32)
+        for name in "ab"
+    }
+    penalty = jr.L1(0.5) + jr.GroupLasso(0.25)
+    found = jr.kernel({"*": penalty})(params)
+    np.testing.assert_allclose(found, sum(map(penalty, params.values())), rtol=1e-6)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode()], ids=["none", "masked"])
+def test_a_tree_of_references_may_lack_what_is_not_penalized(absent):
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    reference = {"a": absent, "b": jnp.zeros(3)}
+    assert jr.kernel({"b": jr.L2To(1.0, reference=reference)})(params) == 3
+    with pytest.raises(ValueError, match=r'leaf "a" needs an array there in the tree'):
+        jr.kernel({"*": jr.L2To(1.0, reference=reference)})(params)

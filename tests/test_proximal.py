@@ -2,7 +2,7 @@
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -537,3 +537,82 @@ def test_a_step_that_cannot_be_taken_is_an_error(step):
     for argument, make in makers.items():
         with pytest.raises(ValueError, match=re.escape(f"`jaxreg.{argument}=...)` must be a")):
             make()
+
+
+def test_fista_follows_a_schedule():
+    tx = jr.fista(
+        lambda count: jnp.where(count < 2, 0.1, 0.02), jr.kernel({"w": jr.L1(0.0)}), restart=None
+    )
+    params = {"w": jnp.array([1.0])}
+    state, moves = tx.init(params), []
+    for _ in range(4):
+        # Of a slope of 1 a step from y is as long as the learning rate.
+        before = params["w"]
+        updates, state = tx.update({"w": jnp.ones(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+        moves.append(float((before - jr.fista_params(state)["w"])[0]))
+    np.testing.assert_allclose(moves, [0.1, 0.1, 0.02, 0.02], rtol=1e-4)
+    assert state.count == 4
+
+
+def test_value_of_half_precision_keeps_the_state_of_fista_as_it_is():
+    tx = jr.fista(0.1, jr.kernel({"w": jr.L1(1.0)}), restart="value")
+    params = {"w": jnp.ones(2)}
+    state = tx.init(params)
+    _, after = tx.update(params, state, params, value=jnp.bfloat16(1.0))
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+class _Other(NamedTuple):
+    iterate: Any
+
+
+def test_the_iterate_of_another_transformation_is_not_that_of_fista():
+    other = optax.GradientTransformation(lambda p: _Other(0 * p), lambda u, s, p=None: (u, s))
+    state = optax.chain(other, jr.fista(0.1, jr.kernel({".": jr.L1(1.0)}))).init(jnp.ones(2))
+    np.testing.assert_array_equal(jr.fista_params(state), [1, 1])
+
+
+def test_complex_fista_restarts_where_the_real_one_does():
+    kernel = jr.kernel({".": jr.L1(0.0)})
+    curvature = jnp.array([1.0, 0.01])
+    phase = jnp.exp(1j * jnp.array([0.0, jnp.pi / 2])).astype(jnp.complex64)
+
+    def path(start, steps=60):
+        tx = jr.fista(1.0, kernel)
+
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(curvature * w, state, w)
+            return (optax.apply_updates(w, updates), state), state.inertia
+
+        return jax.lax.scan(step, (start, tx.init(start)), length=steps)[1]
+
+    inertia = path(jnp.ones(2))
+    assert (jnp.diff(inertia) < 0).any()
+    np.testing.assert_allclose(path(phase * jnp.ones(2)), inertia, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "groups"),
+    [
+        (lambda: jr.MaxNorm(0.9), (0,)),
+        (lambda: jr.MinMaxNorm(0.5, 0.9, batch_axes=0), (1,)),
+        (lambda: jr.UnitNorm(axis=1), (1,)),
+        (lambda: jr.L2To(0.3, reference=0.5), ()),
+        (lambda: jr.Box(-0.5, 0.9), ()),
+        (lambda: jr.SparseGroupLasso(0.3, alpha=0.5), (0,)),
+    ],
+    ids=["MaxNorm", "MinMaxNorm", "UnitNorm", "L2To", "Box", "SparseGroupLasso"],
+)
+def test_proximal_adam_has_a_step_for_each_group_of_a_matrix(build, groups):
+    penalty = build()
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 4)[-3 if getattr(penalty, "batch_axes", ()) == 0 else -2 :]
+    w, g = rng.normal(size=shape), rng.normal(size=shape) * rng.uniform(0.1, 9, shape)
+    tx = jr.proximal_adam(0.1, jr.kernel({".": penalty}), eps=1e-3)
+    with jax.enable_x64():
+        found = w + tx.update(jnp.asarray(g), tx.init(jnp.asarray(w)), jnp.asarray(w))[0]
+        # After one update the corrected moments are the gradient and its square.
+        step = 0.1 / (np.sqrt(np.mean(g**2, axis=groups, keepdims=True)) + 1e-3)
+        np.testing.assert_allclose(found, penalty.prox(w - step * g, step), rtol=1e-6)

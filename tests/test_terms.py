@@ -413,3 +413,59 @@ def test_reference_is_not_carried_out_with_the_moments():
 def test_reference_under_a_mask():
     value = jr.penalize(CODES, jr.L2To(0.5, reference=CODES + 1), reduction="sum", mask=MASK)
     np.testing.assert_allclose(value, 0.5 * MASK.sum() * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        jr.Slowness(0.5, axis=-3),
+        jr.TemporalDifference(0.5, axis=-3),
+        jr.TotalVariation(0.5, axis=-3),
+        jr.TotalVariation(0.5, axis=(1, -3)),
+        jr.L1Inf(0.5, axis=-3),
+    ],
+    ids=str,
+)
+def test_an_axis_counted_from_the_end_may_be_the_leading_one(penalty):
+    terms = jr.Terms({"h": (measure(jnp.ones((4, 3, 2)), penalty, "sum"),)})
+    with pytest.raises(ValueError, match="cannot add up parts of a batch"):
+        jr.combine([terms, terms])
+
+
+def test_entries_are_counted_beyond_the_integers():
+    @jax.jit
+    def count(mask):
+        x = jnp.broadcast_to(jnp.float32(0), (2**16, 2**16))
+        return measure(x, jr.L1(1.0), "mean", mask, moments=jnp.float32(0)).count
+
+    assert count(np.ones(2**16, bool)) == 2.0**32
+
+
+def test_a_parameter_counts_once_where_jax_does_not_know_that_it_is_the_same():
+    model = jr.linen.Dense(2, kernel_regularizer=jr.L1(0.5))
+    x = jnp.ones((3, 4, 5))
+    params = model.init(jax.random.key(0), x[0])
+
+    def shard(x):
+        _, terms = jr.activity({})(model.apply)(params, x)
+        return jr.combine(terms, axis_name="parts").total
+
+    expected = 0.5 * jnp.sum(jnp.abs(params["params"]["kernel"]))
+    np.testing.assert_allclose(jax.vmap(shard, axis_name="parts")(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        jr.SoftOrthogonal(0.5, batch_axes=-3),
+        jr.Nuclear(0.5, batch_axes=(-3,)),
+        jr.L1Inf(0.5, axis=-2),
+        jr.L1Inf(0.5, batch_axes=-3),
+        jr.TotalVariation(0.5, axis=-2),
+    ],
+    ids=str,
+)
+def test_batch_axes_counted_from_the_end_may_be_the_leading_one(penalty):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
+    terms = [jr.Terms({"h": (measure(part, penalty, "sum"),)}) for part in (x[:1], x[1:])]
+    np.testing.assert_allclose(jr.combine(terms).total, penalty(x), rtol=1e-5)

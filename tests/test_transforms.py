@@ -610,3 +610,10 @@ def test_prox_and_projection_solve_the_non_negative_lasso():
     np.testing.assert_allclose(weights, lasso.coef_, rtol=1e-6, atol=1e-8)
     assert 0 < np.sum(weights == 0) < weights.size
     np.testing.assert_array_equal(weights == 0, lasso.coef_ == 0)
+
+
+def test_a_count_does_not_wrap_around():
+    tx = jr.add_penalty_gradient(jr.kernel({".": jr.L1(1.0)}), lambda count: 1.0 * (count >= 0))
+    last = tx.init(jnp.ones(1))._replace(count=jnp.int32(2**31 - 1))
+    _, state = tx.update(jnp.zeros(1), last, jnp.ones(1))
+    assert state.count == 2**31 - 1

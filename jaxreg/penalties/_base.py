@@ -212,7 +212,6 @@ class Penalty(abc.ABC):
 
     __rmul__ = __mul__
     # NumPy scalars and arrays must leave `factor * penalty` to this class.
-    __array_priority__: ClassVar[int] = 1000
     __array_ufunc__: ClassVar[None] = None
 
     def _require(self, field: str, what: str, holds: Callable[[float], bool]) -> None:

@@ -197,7 +197,8 @@ class SmoothL2(Ordered):
             sines = jnp.sin(jnp.arange(size, dtype=x.dtype) * (jnp.pi / (2 * size)))
             own = tuple(size if a == axis else 1 for a in range(x.ndim))
             pull += 4 * jnp.square(sines).reshape(own)
-        pull *= 2 * jnp.asarray(step * self.strength, x.dtype)
+        # Where it is this large all but the means is gone, and more would overflow.
+        pull *= jnp.minimum(2 * jnp.asarray(step * self.strength, x.dtype), 1e30)
         spectrum = jax.scipy.fft.dctn(x, axes=axes, norm="ortho")
         moved = jax.scipy.fft.idctn(spectrum * (pull / (1 + pull)), axes=axes, norm="ortho")
         return jnp.where(jnp.isinf(x), x, x - moved)

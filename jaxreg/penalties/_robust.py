@@ -56,7 +56,8 @@ class Huber(Separable):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, delta = step * self.strength, jnp.asarray(self.delta, x.dtype)
-        return x - scale * jnp.clip(x / (1 + scale), -delta, delta)
+        near = x / (1 + scale)
+        return jnp.where(jnp.abs(near) <= delta, near, x - scale * delta * jnp.sign(x))
 
 
 class LogCosh(Separable):

@@ -694,3 +694,34 @@ def test_constraint_adds_up_with_nothing():
         jr.L1(1.0) + jr.NonNegative()
     with pytest.raises(TypeError, match=message):
         jr.NonNegative() + jr.MaxNorm(1.0)
+
+
+def test_scalars_of_numpy_are_checked_too():
+    with pytest.raises(ValueError, match="must be in this order; got lower="):
+        jr.Box(np.float32(2), 1.0)
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+@pytest.mark.parametrize("shape", [(2,), (1, 1, 3)], ids=str)
+def test_bounds_that_do_not_broadcast_are_an_error(name, shape):
+    message = (
+        rf'Box\({name}=...\)` must broadcast to the array; got shape .* for "x" of shape \(2, 3\)'
+    )
+    with pytest.raises(ValueError, match=message):
+        jr.Box(**{name: np.zeros(shape)}).project(jnp.ones((2, 3)))
+
+
+def test_a_singular_value_of_the_radius_counts_as_one_within():
+    jacobian = jax.jacobian(jr.SpectralBall(2.0).project)(jnp.diag(jnp.array([4.0, 2.0])))
+    np.testing.assert_allclose(jacobian[1, 1, 1, 1], 1, rtol=1e-6)
+
+
+def test_an_array_is_no_number_of_entries():
+    with pytest.raises(ValueError, match=r"SparseTopK\(k=...\)` must be a positive integer"):
+        jr.SparseTopK(jnp.int32(2))
+
+
+def test_spectral_ball_is_the_identity_where_several_singular_values_are_zero():
+    jacobian = jax.jacobian(jr.SpectralBall(2.0).project)(jnp.diag(jnp.array([3.0, 0.0, 0.0])))
+    block = jacobian[1:, 1:, 1:, 1:].reshape(4, 4)
+    np.testing.assert_allclose(block, np.eye(4), atol=1e-6)

@@ -350,3 +350,24 @@ def test_lp_does_not_overflow_far_from_a_small_epsilon(p, epsilon):
     for i in range(len(x)):
         np.testing.assert_allclose(penalty(x[i]), value[i], rtol=2e-5)
         np.testing.assert_allclose(penalty.gradient(x[i]), gradient[i], rtol=2e-5)
+
+
+def test_the_gradient_of_log_cosh_does_not_overflow():
+    gradient = jr.LogCosh(1.0).gradient(jnp.array([1e3, -1e30, 0.0]))
+    np.testing.assert_array_equal(gradient, [1, -1, 0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: jr.Box(1.0, 1.0),
+        lambda: jr.MinMaxNorm(1.0, 1.0),
+        lambda: jr.MinMaxNorm(0.0, 1.0, rate=0.0),
+        lambda: jr.RangeHinge(1.0, lower=1.0, upper=1.0),
+        lambda: jr.SparseGroupLasso(1.0, alpha=0.0),
+        lambda: jr.SparseGroupLasso(1.0, alpha=1.0),
+        lambda: jr.Lp(1.0, p=2.0),
+    ],
+)
+def test_settings_at_the_ends_of_their_ranges_are_taken(build):
+    build()

@@ -137,3 +137,28 @@ def test_a_gate_at_an_infinite_threshold_is_closed(function):
     value, gradient = jax.value_and_grad(total)(jnp.full(2, jnp.inf))
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_features_whose_variance_vanishes_before_their_changes_do_not_count():
+    y = 0.9e-19 * jnp.tile(jnp.array([[1.0], [-1.0]]), (4, 1))
+    value, gradient = jax.value_and_grad(jr.Slowness(1.0))(y)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+    "penalty", [jr.MCP(1.0, knot=2.0), jr.SCAD(1.0, threshold=1.0, a=3.0)], ids=str
+)
+def test_a_step_as_long_as_a_piece_of_a_nonconvex_penalty_has_a_derivative(penalty):
+    slopes = jax.grad(lambda x: jnp.sum(penalty.prox(x, 2.0)))(jnp.array([0.5, 1.9, 5.0]))
+    np.testing.assert_array_equal(slopes, [0, 0, 1])
+
+
+@pytest.mark.parametrize("step", [1e5, 1e8, 3e38, np.inf])
+def test_huber_shrinks_by_as_long_a_step_as_an_entry_without_a_gradient_has_in_adam(step):
+    x = np.array([0.5, -3.0], np.float32)
+    np.testing.assert_allclose(jr.Huber(1.0).prox(x, step), x / np.float32(step), 1e-4, 1e-37)
+
+
+def test_hard_thresholding_is_zero_at_the_threshold_itself():
+    assert jr.MCP(1.0, knot=1.0).prox(2.0, 4.0) == 0

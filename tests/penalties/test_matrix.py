@@ -312,3 +312,48 @@ def test_a_vector_on_a_mesh_of_explicit_axes():
     kernel, penalty = normal(8, 4, 6), jr.SpectralNorm(1.0, vector=jnp.ones(6))
     found = penalty(jax.device_put(kernel, sharding))
     np.testing.assert_allclose(found, penalty(kernel), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jr.Orthogonal(1.0),
+        jr.SoftOrthogonal(1.0),
+        jr.OffDiagonalOrthogonal(1.0),
+        jr.SpectralNorm(1.0),
+        jr.SpectralNorm(1.0, vector=np.ones(3, np.float32)),
+        jr.Nuclear(1.0),
+        jr.Decorrelation(1.0),
+        lambda x: jnp.sum(jr.Nuclear(1.0, method="polar").prox(x, 0.1)),
+        lambda x: jnp.sum(jr.Orthonormal().project(x)),
+    ],
+)
+def test_products_of_matrices_keep_all_digits_on_accelerators(function):
+    text = str(
+        jax.make_jaxpr(lambda x: (function(x), jax.grad(lambda x: function(x))(x)))(
+            jnp.ones((4, 3))
+        )
+    )
+    products = re.findall(r"dot_general\[(?:[^\[\]]|\[[^\]]*\])*\]", text)
+    assert products
+    assert all("HIGHEST" in product for product in products)
+
+
+def test_the_nuclear_norm_takes_singular_values_for_zero_as_matrix_rank_does():
+    def slope(small):
+        return jr.Nuclear(1.0).gradient(jnp.zeros((3, 400)).at[0, 0].set(1).at[1, 1].set(small))
+
+    assert slope(1e-5)[1, 1] == 0
+    np.testing.assert_allclose(slope(1e-4)[1, 1], 1, rtol=1e-5)
+
+
+def test_second_derivatives_backwards_where_singular_values_repeat():
+    hessian = jax.jacrev(jr.SpectralNorm(1.0).gradient)(jnp.diag(jnp.array([2.0, 2.0, 1.0])))
+    assert jnp.isfinite(hessian).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
+def test_the_leading_vector_of_an_empty_kernel(shape):
+    for vector in (None, jnp.ones(shape[-1])):
+        found = jr.SpectralNorm(1.0, vector=vector).leading_vector(jnp.zeros(shape))
+        assert found.shape == (1, shape[-1])

@@ -324,3 +324,39 @@ def test_prox_along_several_axes_is_an_error():
         jr.TotalVariation(1.0, axis=(0, 1)).prox(jnp.ones((2, 3)), 0.1)
     with pytest.raises(NotImplementedError, match=r"`jaxreg\.TrendFiltering` has no closed-form"):
         jr.TrendFiltering(1.0).prox(jnp.ones(3), 0.1)
+
+
+def test_the_derivative_by_the_weight_beside_infinite_entries_is_finite():
+    x = jnp.array([0.0, 1.0, jnp.inf, jnp.inf, 2.0, 2.0])
+
+    def finite(step):
+        return jnp.sum(jr.TotalVariation(1.0).prox(x, step)[jnp.array([0, 1, 4, 5])])
+
+    np.testing.assert_allclose(jax.grad(finite)(0.5), 2.0, rtol=1e-6)
+
+
+def test_derivatives_of_long_segments_keep_their_digits():
+    x = jnp.zeros(1_000_000)
+    _, tangent = jax.jvp(lambda x: jr.TotalVariation(1.0).prox(x, 1.0), (x,), (x + 0.1,))
+    np.testing.assert_allclose(tangent, np.full(x.shape, 0.1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 4, 9])
+def test_masks_of_signals_shorter_than_the_order(order):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)), jnp.float32)
+    penalty = jr.TrendFiltering(1.0, axis=1, order=order)
+    mask = jnp.ones((2, 4), bool)
+    found = jr.penalize(x, penalty, mask=mask, reduction="sum")
+    np.testing.assert_allclose(found, penalty(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [1e38, np.inf])
+def test_smooth_prox_of_the_longest_steps_leaves_the_mean(step):
+    x = jnp.array([1.0, 4.0, -2.0])
+    np.testing.assert_allclose(jr.SmoothL2(2.0).prox(x, step), np.ones(3), rtol=1e-6)
+
+
+def test_the_prox_of_an_empty_signal_has_a_derivative():
+    x = jnp.zeros((3, 0))
+    _, tangent = jax.jvp(lambda x: jr.TotalVariation(1.0).prox(x, 1.0), (x,), (x,))
+    assert tangent.shape == x.shape

@@ -299,3 +299,24 @@ def test_a_step_of_another_shape_is_an_error(penalty, shape):
 def test_a_negative_step_is_an_error(step):
     with pytest.raises(ValueError, match=r"`jaxreg.L1.prox\(x, step\)` takes a non-negative step"):
         jr.L1(1.0).prox(jnp.ones((2, 3)), step)
+
+
+def test_steps_of_numpy_are_checked_too():
+    with pytest.raises(ValueError, match="takes a non-negative step"):
+        jr.L1(1.0).prox(jnp.ones(3), np.float32(-0.1))
+
+
+@pytest.mark.parametrize(
+    "penalty", [jr.L1(0.5), jr.L1L2(0.5, 0.5), jr.SparseGroupLasso(0.5, alpha=0.5)], ids=str
+)
+def test_derivatives_of_a_complex_prox_at_zero_are_finite(penalty):
+    x = jnp.zeros(3, jnp.complex64).at[0].set(3 + 4j)
+    for step in (0.0, 0.7):
+        gradient = jax.grad(lambda x, step=step: jnp.sum(jnp.abs(penalty.prox(x, step)) ** 2))(x)
+        assert jnp.isfinite(gradient).all()
+
+
+def test_derivatives_of_the_log_sum_prox_are_finite_where_it_is_zero():
+    prox = jr.LogSum(1.0, epsilon=0.1).prox
+    slope, by_step = jax.grad(prox, (0, 1))(0.5, 5.0)
+    assert (slope, by_step) == (0, 0)
