@@ -99,9 +99,10 @@ class Kernel:
                 penalty is not a sum over single entries, and where JAX does not know which leaves
                 are split (`check_vma=False`).
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
-                leaf whose penalty has no modulus; for an integer in place of a tree.
+                leaf whose penalty has no modulus; for an integer scalar in place of a tree.
         """
-        if hasattr(params, "dtype") and jnp.issubdtype(params.dtype, jnp.integer):
+        scalar = getattr(params, "shape", None) == ()
+        if scalar and jnp.issubdtype(params.dtype, jnp.integer):
             raise TypeError(
                 f"`jaxreg.kernel` takes a tree of parameters; got {params!r}. If that is the count"
                 ' of a schedule: `optax.inject_hyperparams(..., static_args="reg")`.'
