@@ -1,10 +1,11 @@
 """On an NVIDIA GPU: is a regularized step slower than an unregularized one, and how much?
 
-Checks every number against float64 before it times anything; then times, interleaved in one
-process, the sparse autoencoder's step, a dense layer, its product alone, AdamW with and without a
-penalty, many small leaves, a language model's cross-entropy with z-loss; and PyTorch's autoencoder
-where PyTorch is installed. Calls are queued: the GPU is waited for once in a round. The kernels of
-`jaxreg.ops` take a Hopper GPU; on others it times XLA alone and says so.
+Checks numbers against float64 before it times what they are of, and the kernels' against XLA's at
+the shapes that are timed. Then times, interleaved in one process, a language model's cross-entropy
+with z-loss, AdamW with and without a penalty, many small leaves, the sparse autoencoder's step, a
+dense layer, its product alone; and PyTorch's autoencoder where PyTorch is installed. Short calls
+are queued: the GPU is waited for once in a round. The kernels of `jaxreg.ops` take a Hopper GPU; on
+others it times XLA alone and says so.
 
 Run:
     python -m benchmarks.gpu [--rounds N] [--smoke] [--tune FILE]
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import faulthandler
 import functools
+import importlib.util
 import json
 import re
 import sys
@@ -135,7 +137,7 @@ def runnable(*shapes: tuple[int, int, int]) -> list[str]:
         for shape in shapes:
             check("mosaic_gpu", *shape)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        print(f"no kernel here: {str(error).splitlines()[0]}", flush=True)
+        print(f"no kernel here: {error!r}"[:500], flush=True)
         return ["xla"]
     return ["xla", "mosaic_gpu"]
 
@@ -232,11 +234,8 @@ def check_cross_entropies() -> None:
 
 
 def torch_steps(batch: int, width: int, hidden: int) -> dict[str, Callable[[], Any]]:
-    """Return PyTorch's step with L1, eager and compiled; nothing where it is not installed."""
-    try:
-        import torch  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return {}
+    """Return PyTorch's step with L1, eager and compiled."""
+    import torch  # type: ignore[import-not-found, unused-ignore]
 
     def leaf(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -329,11 +328,11 @@ def _run(device: jax.Device, options: argparse.Namespace) -> list[str]:
         took = time.perf_counter() - start
         rows.append({"case": name, "took": took, **found})
         cells = []
-        for key, of in found.items():
+        for key, value in found.items():
             if key.startswith("÷"):
-                cells += [f"{k} {key} {r['median']:.3f}" for k, r in of.items()]
+                cells += [f"{k} {key} {r['median']:.3f}" for k, r in value.items()]
             elif key != "error":
-                cells.append(f"{key} {of['median'] * 1e6:,.0f} µs")
+                cells.append(f"{key} {value['median'] * 1e6:,.0f} µs")
         print(f"{name}: {'; '.join(cells) or found['error']} ({took:.0f} s)", flush=True)
         if not options.smoke:
             file.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
@@ -363,25 +362,23 @@ def _run(device: jax.Device, options: argparse.Namespace) -> list[str]:
         tuning = jr.ops.tuned(options.tune, measure=True)
     with tuning:
         for width in widths:
-            arguments = operands(batch, width, hidden)
 
-            def of(function: Any, count: int | None = None, arguments: Any = arguments) -> Any:
-                return functools.partial(variants, function, arguments[:count], implementations)
+            def of(function: Any, count: int | None = None, width: int = width) -> Any:
+                arguments = operands(batch, width, hidden)[:count]
+                return variants(function, arguments, implementations)
 
-            row(f"SAE step, D {width}", of(steps))
+            row(f"SAE step, D {width}", functools.partial(of, steps))
             if width == 512:  # its kernels also store, and load, what comes before the activation
                 gelu = functools.partial(steps, activation=jax.nn.gelu)
-                row(f"SAE step with GELU, D {width}", of(gelu))
-            row(f"product, D {width}", of(product, 2))
-            row(f"dense, D {width}, forward", of(layer, 3))
-            row(f"dense, D {width}, step", of(layer_steps, 3))
-
-        # Last: its compiler takes long, and its failure is nobody's.
-        if not options.smoke and (torches := torch_steps(batch, 512, hidden)):
-            arguments = operands(batch, 512, hidden)
+                row(f"SAE step with GELU, D {width}", functools.partial(of, gelu))
+            row(f"product, D {width}", functools.partial(of, product, 2))
+            row(f"dense, D {width}, forward", functools.partial(of, layer, 3))
+            row(f"dense, D {width}, step", functools.partial(of, layer_steps, 3))
+        # Last: its compiler takes long.
+        if not options.smoke and importlib.util.find_spec("torch"):
             row(
                 "SAE step, D 512, and PyTorch",
-                lambda: variants(steps, arguments, implementations) | torches,
+                lambda: of(steps, width=512) | torch_steps(batch, 512, hidden),
             )
     return failed + [found["case"] for found in rows if "error" in found]
 

@@ -282,8 +282,8 @@ def contractive(
     z = x @ kernel
     z += of_rank(z.ndim, bias)
     # Backwards, as a `jax.custom_vjp` has no other derivative; the entries are independent.
-    _, pull = jax.vjp(activation, z)
-    (slopes,) = pull(jnp.ones_like(z))
+    a, pull = jax.vjp(activation, z)
+    (slopes,) = pull(jnp.ones_like(z, a.dtype))
     weights = of_rank(z.ndim, jnp.sum(jnp.square(kernel), axis=0))
     return _mean(jnp.sum(jnp.square(slopes) * weights, axis=-1))
 

@@ -101,7 +101,7 @@ class Kernel:
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
                 leaf whose penalty has no modulus; for an integer scalar in place of a tree.
         """
-        scalar = getattr(params, "shape", None) == ()
+        scalar = isinstance(params, jax.Array) and params.shape == ()
         if scalar and jnp.issubdtype(params.dtype, jnp.integer):
             raise TypeError(
                 f"`jaxreg.kernel` takes a tree of parameters; got {params!r}. If that is the count"

@@ -254,6 +254,12 @@ def test_functions_without_inputs_or_outputs(key):
     assert functional.jacobian_norm(lambda x: jnp.ones((2, 3)), jnp.ones((2, 0)), key=key) == 0
 
 
+def test_contractive_of_an_activation_that_narrows():
+    x, kernel = jnp.ones((4, 3)), jnp.full((3, 2), 0.1)
+    narrow = functional.contractive(lambda z: jnp.tanh(z).astype(jnp.bfloat16), x, kernel)
+    np.testing.assert_allclose(narrow, functional.contractive(jnp.tanh, x, kernel), rtol=0.02)
+
+
 @jax.custom_vjp
 def clipped(x):
     """A function with a surrogate derivative, as spiking networks have."""

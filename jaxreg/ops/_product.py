@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,28 +114,26 @@ def _calls(run: Any, shapes: Any, problem: Problem) -> _tuning.Calls:
     # A GPU multiplies equal numbers faster than others.
     draw = functools.partial(jax.random.normal, jax.random.key(0))
     arrays = jax.tree.map(lambda a: draw(a.shape).astype(a.dtype), shapes)
+    programs: dict[Config | None, concurrent.futures.Future[Any]] = {}
     calls: dict[Config | None, Callable[[], Any]] = {}
+    errors: dict[Config, Exception] = {}
+    tried = _tuning.candidates(problem)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        pending = {}
-        for tiles in (None, *_tuning.candidates(problem)):
+        programs[None] = pool.submit(jax.jit(run(None)).lower(*arrays).compile)
+        for tiles in tried:
             try:
-                program = jax.jit(run(tiles)).lower(*arrays)
-            except NotImplementedError:  # for all tiles alike: the platform is another
-                raise
+                programs[tiles] = pool.submit(jax.jit(run(tiles)).lower(*arrays).compile)
             except Exception as error:
-                _left_out(tiles, error)
-                continue
-            pending[tiles] = pool.submit(program.compile)
-        for tiles, future in pending.items():
+                errors[tiles] = error
+        for which, program in programs.items():
             try:
-                calls[tiles] = functools.partial(future.result(), *arrays)
+                calls[which] = functools.partial(program.result(), *arrays)
             except Exception as error:
-                _left_out(tiles, error)
+                if which is None:
+                    raise
+                errors[which] = error
+    if errors and len(errors) == len(tried):  # on another platform, for one
+        raise next(iter(errors.values()))
+    for tiles, why in errors.items():
+        _tuning.leave_out(tiles, why)
     return calls
-
-
-def _left_out(tiles: Config | None, error: Exception) -> None:
-    """Say that tiles cannot be compiled; raise where these are XLA's."""
-    if tiles is None:
-        raise error
-    warnings.warn(f"{tiles} is left out: {str(error).splitlines()[0]}", stacklevel=1)

@@ -56,9 +56,10 @@ class _Tuning:
 
     def write(self) -> None:
         """Write the records; another process never sees half of them."""
-        new = self.file.with_name(self.file.name + ".new")
+        file = self.file.resolve()
+        new = file.with_name(f"{file.name}.{os.getpid()}")
         new.write_text(_written(self.records))
-        new.replace(self.file)
+        new.replace(file)
 
 
 _own: contextvars.ContextVar[_Tuning | None] = contextvars.ContextVar("tuned", default=None)
@@ -114,20 +115,30 @@ def measure(key: str, calls: Callable[[], Calls]) -> None:
 
 def _measure(key: str, calls: Callable[[], Calls], own: _Tuning) -> None:
     (device,) = jnp.zeros(()).devices()
-    known = own.records.setdefault(device.device_kind, {})
-    if key in known or own.timer is None:
+    records = own.records.setdefault(device.device_kind, {})
+    if key in records or own.timer is None:
         return
     runs = _agreeing(calls())
-    # Round by round: what the device's clock does in the meantime falls on all alike.
-    rounds = [{tiles: own.timer(run) for tiles, run in runs.items()} for _ in range(_ROUNDS)]
-    seconds = {tiles: statistics.median(r[tiles] for r in rounds) for tiles in runs}
-    xla = seconds.pop(None)
-    if not seconds:
+    kernels = {tiles: run for tiles, run in runs.items() if tiles is not None}
+    if not kernels:
         return
+    seconds = _medians(own.timer, kernels)
     best = min(seconds, key=lambda tiles: seconds[tiles])
-    assert best is not None
-    known[key] = Record(best, seconds[best], xla)
+    # Once more: the least of many is less than it is, and XLA has one try.
+    final = _medians(own.timer, {best: runs[best], None: runs[None]})
+    records[key] = Record(best, final[best], final[None])
     own.write()
+
+
+def _medians(timer: Timer, runs: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """Return the seconds of each call, all timed in turn: the device's clock is that of all."""
+    rounds = [{name: timer(run) for name, run in runs.items()} for _ in range(_ROUNDS)]
+    return {name: statistics.median(times[name] for times in rounds) for name in runs}
+
+
+def leave_out(tiles: Config, why: object) -> None:
+    """Warn that tiles are not among those that are timed."""
+    warnings.warn(f"{tiles} is left out: {why!r}"[:500], stacklevel=1)
 
 
 def _agreeing(runs: Calls) -> Calls:
@@ -138,20 +149,25 @@ def _agreeing(runs: Calls) -> Calls:
         errors = []
         for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
             a, e = a.astype(jnp.float32), e.astype(jnp.float32)
-            known = jnp.isfinite(e)  # of numbers drawn at random a square root may be none
-            largest = jnp.max(jnp.where(known, jnp.abs(e), 0))
-            errors.append(jnp.max(jnp.where(known, jnp.abs(a - e), 0)) / (largest + 1e-30))
+            finite = jnp.isfinite(e)  # of numbers drawn at random a square root may be none
+            largest = jnp.max(jnp.where(finite, jnp.abs(e), 0))
+            errors.append(jnp.max(jnp.where(finite, jnp.abs(a - e), 0)) / (largest + 1e-30))
         return jnp.max(jnp.stack(errors))
 
     kept: dict[Config | None, Callable[[], Any]] = {None: runs[None]}
     exact = runs[None]()
     for tiles, run in runs.items():
-        if tiles is not None:
+        if tiles is None:
+            continue
+        try:
             error = float(off(run(), exact))
-            if error <= 0.03:
-                kept[tiles] = run
-            else:
-                warnings.warn(f"{tiles} is off by {error}, and left out.", stacklevel=1)
+        except jax.errors.JaxRuntimeError as failure:
+            leave_out(tiles, failure)
+            continue
+        if error <= 0.03:
+            kept[tiles] = run
+        else:
+            leave_out(tiles, f"off by {error}")
     return kept
 
 
@@ -170,8 +186,8 @@ def tuned(
             exist.
         measure: whether each product of a kernel that is asked for by name is timed when it is
             traced, unless the file has it: with up to 13 configurations and with XLA, on arrays of
-            its shapes, on the default device. Tiles that do not compile, or whose results are not
-            XLA's, are left out.
+            its shapes, on the default device. Tiles that do not compile or run, or whose results
+            are not XLA's, are left out with a warning.
         timer: given a function without arguments, returns the seconds of a call.
 
     Raises:

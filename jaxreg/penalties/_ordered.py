@@ -139,7 +139,8 @@ class TotalVariation(Ordered):
                 f" axis={self.axis}. Use its gradient instead (`jaxreg.add_penalty_gradient`)."
             )
         signals = jnp.moveaxis(x, axes[0], -1)
-        z = prox_total_variation(signals, jnp.asarray(step * self.strength, x.dtype))
+        weight = jnp.asarray(step * self.strength, x.dtype).reshape(())
+        z = prox_total_variation(signals, weight)
         return jnp.moveaxis(z, -1, axes[0])
 
 

@@ -356,6 +356,12 @@ def test_smooth_prox_of_the_longest_steps_leaves_the_mean(step):
     np.testing.assert_allclose(jr.SmoothL2(2.0).prox(x, step), np.ones(3), rtol=1e-6)
 
 
+def test_a_step_with_axes_of_one_entry_is_a_step():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    prox = jr.TotalVariation(0.5).prox
+    np.testing.assert_array_equal(prox(x, jnp.full((1, 1), 0.3)), prox(x, 0.3))
+
+
 def test_the_prox_of_an_empty_signal_has_a_derivative():
     x = jnp.zeros((3, 0))
     _, tangent = jax.jvp(lambda x: jr.TotalVariation(1.0).prox(x, 1.0), (x,), (x,))

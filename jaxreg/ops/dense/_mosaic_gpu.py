@@ -89,8 +89,8 @@ def forward(
     def plain(x: jax.Array, w: jax.Array, _: Any, columns: Any, scalars: Any) -> Any:
         z = reference(x, w, columns[0], None)
         a = activation(z)
-        summed = results.total(evaluate(nodes, a.astype(jnp.float32), scalars))
-        return [a, z] if keep else [a], summed
+        stored = [value.astype(x.dtype) for value in ((a, z) if keep else (a,))]
+        return stored, results.total(evaluate(nodes, a.astype(jnp.float32), scalars))
 
     stored, totals = product(
         x,

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxreg.ops._epilogue import epilogue
 from jaxreg.ops._product import wins
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._arithmetic import of_rank
 from jaxreg.terms import varying_as
 
 from ._mosaic_gpu import forward, kernel_name
@@ -93,7 +94,7 @@ def _derivative(
     a, z, moments = layer(activation, keeps_input(activation), asked_by, x, w, b, penalty)
     dz = varying_as(product_tangent(x, dx, w, dw), a)
     if not isinstance(db, SymbolicZero):
-        dz += db.astype(dz.dtype)
+        dz += of_rank(dz.ndim, db.astype(dz.dtype))
     _, slope = with_slope(activation, a if z is None else z)
     da = slope * dz
     _, dmoments = jax.jvp(

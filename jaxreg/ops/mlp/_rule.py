@@ -18,6 +18,7 @@ from jaxreg.ops.dense import (
     with_slope,
 )
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._arithmetic import of_rank
 from jaxreg.terms import varying_as, varying_axes
 
 from ._mosaic_gpu import backward
@@ -70,7 +71,7 @@ def _hidden_to_output(activation: Activation, residuals: Any, operands: Any) -> 
     """
     (kept, w2, penalty), (dz, db1) = residuals, operands
     h, slope = with_slope(activation, kept)
-    dh = slope * (dz + db1)
+    dh = slope * (dz + of_rank(dz.ndim, db1))
     dmoments = jax.jvp(lambda h: penalty.moments(penalty.prepare(h)), (h,), (dh,))[1]
     return jnp.matmul(dh, w2), dh, dmoments
 
