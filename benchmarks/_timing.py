@@ -25,7 +25,8 @@ def interleaved(
         rounds: how many rounds are timed, after two calls of each that are not.
         queued: whether the last call of a round alone is waited for. A device that runs one call
             after the other then has the next one at hand, and the time is the device's, unless the
-            host takes longer to call.
+            host takes longer to call. Where no function has more than 5 calls a round, each is
+            waited for after all.
 
     Returns:
         For each name the seconds of a call, in each round.

@@ -29,17 +29,20 @@ SMOKE: Shape = (32, 8, 300)
 Z_LOSS = 1e-4
 
 
-def sums(hidden: Any, weight: Any, labels: Any, z_loss: float) -> Any:
-    """Return the sum over tokens, as one writes it."""
-    logits = jax.lax.dot(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def sums(hidden: Any, weight: Any, labels: Any, z_loss: float, dtype: Any = jnp.float32) -> Any:
+    """Return the sum over tokens, as one writes it; `dtype` is that of the logits that are held."""
+    logits = jax.lax.dot(hidden, weight.astype(hidden.dtype), preferred_element_type=dtype)
+    logits = logits.astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jnp.sum(lse - label_logits) + z_loss * jnp.sum(jnp.square(lse))
 
 
-def held(hidden: Any, weight: Any, labels: Any, z_loss: float = Z_LOSS) -> Any:
+def held(
+    hidden: Any, weight: Any, labels: Any, z_loss: float = Z_LOSS, dtype: Any = jnp.float32
+) -> Any:
     """Return the mean, with all logits at once."""
-    return sums(hidden, weight, labels, z_loss) / len(labels)
+    return sums(hidden, weight, labels, z_loss, dtype) / len(labels)
 
 
 def recomputed(hidden: Any, weight: Any, labels: Any, *, chunk: int) -> Any:

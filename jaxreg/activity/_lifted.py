@@ -3,13 +3,14 @@
 Each method call that is under way holds what was measured in it. Where it returns to a caller in
 the same JAX trace, that goes to the caller as it is. Where a lifted transformation lies between, it
 leaves with the values that the transformation itself lets out: as a variable in `intermediates`
-where the transformation carries that collection, and else beside the method's output.
+where the transformation carries that collection (`_intermediates.py`), and else beside the method's
+output (`_beside.py`).
 """
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,14 +18,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxreg.rules import TOP
-
-from ._beside import Beside, probe, takers, with_last_leaf
+from ._beside import Beside, takers, with_last_leaf
 from ._branches import placeholder, take
-from ._pass import Measured, Pass, join, merge, trace
+from ._intermediates import ADD_AXIS, NOT_ELSEWHERE, cannot, collects, sow
+from ._pass import Measured, Pass, join, merge, only_measured, trace
 
-COLLECTION = "intermediates"
-_NAME = "jaxreg_terms_"
 # What stacks its outputs, and what else returns them once and as they are.
 _STACKING = ("scan", "vmap")
 _PASSING = {*_STACKING, "remat", "jit", "cond", "switch", "map_variables", "fold_rngs"}
@@ -93,7 +91,7 @@ class Calls:
 
     def runs(self, scope: Any) -> None:
         """Take this scope's model for the one that the pass runs, unless that is known."""
-        if self._root is None and _collects(scope):
+        if self._root is None and collects(scope):
             self._root = scope.root
 
     @contextmanager
@@ -156,7 +154,7 @@ class Calls:
         if scope is None or call.lifts:  # lifted scopes have roots of their own
             return False
         # One that is lifted without a name keeps its path.
-        return not _collects(scope) or (not scope.root.path and scope.root != self._root)
+        return not collects(scope) or (not scope.root.path and scope.root != self._root)
 
     def learned_branches(self) -> bool:
         """Return whether this run found measurements that other branches have to make room for."""
@@ -177,7 +175,7 @@ class Calls:
         measured, sown = only_measured(call.measured), call.measured
         if measured and self.collects and self._is_anothers(call):
             raise ValueError(
-                f"{_cannot(measured)}: it is another model's, which is applied inside this one. A"
+                f"{cannot(measured)}: it is another model's, which is applied inside this one. A"
                 " rule that maps its path to None exempts it."
             )
         if caller.trace == call.trace:
@@ -191,17 +189,17 @@ class Calls:
             measured = sown = self._with_other_branches(run, call, measured)
         if not measured:
             if sown and sows and between and passes:
-                _sow(call, sown)
+                sow(call.module, _stacked(call.lifts), sown)
             return out
         if not between:
             raise ValueError(_between_traces(measured, lone=caller.module is None))
         for lift, mend in _MENDS.items():
             if between[lift]:
-                raise ValueError(f"{_cannot(measured)} out of the `nn.{lift}` around it. {mend}")
-        mend = f"{_cannot(measured)} {_ADD_AXIS}"
-        if sows and _sow(call, sown):
+                raise ValueError(f"{cannot(measured)} out of the `nn.{lift}` around it. {mend}")
+        mend = f"{cannot(measured)} {ADD_AXIS}"
+        if sows and sow(call.module, _stacked(call.lifts), sown):
             stacks = any(between[lift] for lift in _STACKING)
-            self._leaving = f"{mend} {_NOT_ELSEWHERE}" if stacks else None
+            self._leaving = f"{mend} {NOT_ELSEWHERE}" if stacks else None
             return out
         if not passes:
             raise ValueError(mend)
@@ -234,11 +232,11 @@ class Calls:
             if jitted:
                 # JAX's fast path for such functions must not meet a tree that loses leaves.
                 raise ValueError(
-                    f"{_cannot(beside.measured)} out of an `nn.jit` that no `jax.jit` is around."
+                    f"{cannot(beside.measured)} out of an `nn.jit` that no `jax.jit` is around."
                     " Put one around the forward pass, or give it the module's own `apply`."
                 )
             if beside.probe.shape[-1] != 0 or beside.probe.ndim - 1 != beside.axes:
-                raise ValueError(f"{_cannot(beside.measured)} {_ADD_AXIS}")
+                raise ValueError(f"{cannot(beside.measured)} {ADD_AXIS}")
             if beside.cached:
                 self._require_one_module(beside.measured)
             call.measured = merge(call.measured, beside.measured)
@@ -251,7 +249,7 @@ class Calls:
             self._traced[paths] -= 1
         elif paths in self._came:
             raise ValueError(
-                f"{_cannot(measured)} out of an `nn.jit`, which ran one trace twice: for one module"
+                f"{cannot(measured)} out of an `nn.jit`, which ran one trace twice: for one module"
                 " or for two of equal fields, as nothing here tells. Give it the module's own"
                 " `apply`, or leave `nn.jit` out."
             )
@@ -282,113 +280,14 @@ class Calls:
         return filled
 
 
-def take_sown(run: Pass, tree: Mapping[str, Any], *scope: str) -> tuple[dict[str, Any], Measured]:
-    """Split intermediates into what the user's model sowed and what was measured.
-
-    Args:
-        run: the pass that measured.
-        tree: the intermediates in a scope.
-        scope: the names of its path.
-    """
-    rest: dict[str, Any] = {}
-    measured: Measured = {}
-    for name, child in tree.items():
-        if name.startswith(_NAME):
-            sown, probe = child
-            for traced, more in sown.items():
-                if probe.shape[-1] != 0 or probe.ndim - 1 != int(name.removeprefix(_NAME)):
-                    raise ValueError(f"{_cannot(more)} {_ADD_AXIS} {_NOT_ELSEWHERE}")
-                measured = merge(measured, _as_of(run, more, traced, join(*scope)))
-        elif isinstance(child, Mapping):
-            kept, more = take_sown(run, child, *scope, name)
-            measured = merge(measured, more)
-            if kept or not more:
-                rest[name] = kept
-        else:
-            rest[name] = child
-    return rest, measured
-
-
-def _as_of(run: Pass, measured: Measured, traced: str, path: str) -> Measured:
-    """Return what was measured in a module, whose trace may be that of another one.
-
-    `nn.jit` runs one trace for all modules of equal fields, and knows nothing of their paths.
-
-    Args:
-        run: the pass.
-        measured: the measurements, and the exempt paths without any, as of when it was traced.
-        traced: the path of the module that it was traced for.
-        path: the path of the module that it ran for.
-    """
-    moved: Measured = {}
-    for old, calls in measured.items():
-        new = old
-        if traced != path:
-            inside = _seen_from(traced, old)
-            new = old if inside is None else run.at(path, inside)
-            if inside is None or run.rules.find(old) != run.rules.find(new):
-                why = (
-                    "it measures another module" if inside is None else "the rules for them differ"
-                )
-                raise ValueError(
-                    f'{_cannot({new: calls})} out of the `nn.jit` of "{path}": that runs the trace'
-                    f' that was made for "{traced}", a module of equal fields, and {why}. Leave'
-                    " `nn.jit` out, or give the modules a field that differs."
-                )
-        run.seen[new] = None
-        moved[new] = calls
-    return only_measured(moved)
-
-
-def _seen_from(module: str, path: str) -> str | None:
-    """Return a path as it is seen from a module's; None if it does not lie in the module."""
-    if path == module:
-        return TOP
-    start = "" if module == TOP else f"{module}/"
-    return path.removeprefix(start) if path.startswith(start) else None
-
-
-def only_measured(measured: Measured) -> Measured:
-    """Return these without the paths that are exempt."""
-    return {path: calls for path, calls in measured.items() if calls}
-
-
 def running(model: nn.Module) -> None:
     """Tell the innermost pass which model it runs."""
     takers.get()[-1].runs(model.scope)
 
 
-def _collects(scope: Any) -> bool:
-    """Return whether what is sown in a scope comes out of it."""
-    collects: bool = scope.is_mutable_collection(COLLECTION)
-    return collects
-
-
-def _sow(call: Call, measured: Measured) -> bool:
-    """Put measurements into the intermediates of a call's module, if they leave with the call."""
-    assert call.module is not None
-    assert call.module.scope is not None
-    path = join(*call.module.scope.path)
-    return nn.Module.sow(
-        call.module,
-        COLLECTION,
-        f"{_NAME}{_stacked(call.lifts)}",
-        (measured, probe()),
-        reduce_fn=lambda sown, new: (
-            {**sown[0], path: merge(sown[0].get(path, {}), new[0])},
-            new[1],
-        ),
-        init_fn=lambda: ({}, None),
-    )
-
-
 def _stacked(lifts: Counter[str]) -> int:
     """Return how many axes these transformations stack outputs on."""
     return sum(lifts[lift] for lift in _STACKING)
-
-
-def _cannot(measured: Measured) -> str:
-    return f'`jaxreg.activity` cannot carry the term "{next(iter(measured))}"'
 
 
 def _between_traces(measured: Measured, *, lone: bool) -> str:
@@ -399,19 +298,12 @@ def _between_traces(measured: Measured, *, lone: bool) -> str:
             " the transformation: `out, terms = jaxreg.activity(rules)(model.apply)(variables, x)`."
         )
     return (
-        f"{_cannot(measured)} out of the transformation around it. Use Flax's lifted"
+        f"{cannot(measured)} out of the transformation around it. Use Flax's lifted"
         " transformations inside modules (`nn.vmap`, `nn.remat`, `nn.cond`) rather than JAX's own,"
         " and in a lifted function call the submodules of the module that it is given."
     )
 
 
-_ADD_AXIS = (
-    'out of the lifted transformation around it. Add "intermediates": 0 to its `variable_axes`, as'
-    ' in `nn.scan(..., variable_axes={"params": 0, "intermediates": 0})`; so for `nn.vmap`.'
-)
-_NOT_ELSEWHERE = (
-    "There it must be, with that axis: not in `variable_broadcast` or `variable_carry`."
-)
 _OUTSIDE = (
     "Penalize what it returns, by `jaxreg.sow` outside of it; a rule that maps the path to None"
     " exempts it inside."

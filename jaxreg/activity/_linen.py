@@ -13,8 +13,9 @@ from flax.core.scope import in_filter, union_filters
 
 from jaxreg.terms import measure_parameter
 
-from ._lifted import COLLECTION, Calls, only_measured, running, take_sown
-from ._pass import Measured, Parameter, Pass, join, merge, under_way
+from ._intermediates import COLLECTION, take_sown
+from ._lifted import Calls, running
+from ._pass import Measured, Parameter, Pass, join, merge, only_measured, under_way
 
 
 def is_apply(forward: Any) -> bool:

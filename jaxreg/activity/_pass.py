@@ -186,6 +186,11 @@ def merge(measured: Measured, more: Measured) -> Measured:
     return {path: measured.get(path, ()) + more.get(path, ()) for path in {**measured, **more}}
 
 
+def only_measured(measured: Measured) -> Measured:
+    """Return these without the paths that are exempt."""
+    return {path: calls for path, calls in measured.items() if calls}
+
+
 def join(*names: Any) -> str:
     """Return the path of these names; the top module's for none."""
     return "/".join(map(str, names)) or TOP

@@ -110,22 +110,22 @@ def measure(key: str, calls: Callable[[], Calls]) -> None:
         return
     # In a thread of its own: the function that asks is being traced, and this is to run now.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(_measure, key, calls, own).result()
+        pool.submit(_measure, key, calls, own, own.timer).result()
 
 
-def _measure(key: str, calls: Callable[[], Calls], own: _Tuning) -> None:
+def _measure(key: str, calls: Callable[[], Calls], own: _Tuning, timer: Timer) -> None:
     (device,) = jnp.zeros(()).devices()
     records = own.records.setdefault(device.device_kind, {})
-    if key in records or own.timer is None:
+    if key in records:
         return
     runs = _agreeing(calls())
     kernels = {tiles: run for tiles, run in runs.items() if tiles is not None}
     if not kernels:
         return
-    seconds = _medians(own.timer, kernels)
+    seconds = _medians(timer, kernels)
     best = min(seconds, key=lambda tiles: seconds[tiles])
     # Once more: the least of many is less than it is, and XLA has one try.
-    final = _medians(own.timer, {best: runs[best], None: runs[None]})
+    final = _medians(timer, {best: runs[best], None: runs[None]})
     records[key] = Record(best, final[best], final[None])
     own.write()
 
@@ -186,8 +186,8 @@ def tuned(
             exist.
         measure: whether each product of a kernel that is asked for by name is timed when it is
             traced, unless the file has it: with up to 13 configurations and with XLA, on arrays of
-            its shapes, on the default device. Tiles that do not compile or run, or whose results
-            are not XLA's, are left out with a warning.
+            its shapes, on the default device. Tiles that do not compile or run, or that are off
+            XLA's results by 3 % of the largest entry, are left out with a warning.
         timer: given a function without arguments, returns the seconds of a call.
 
     Raises:

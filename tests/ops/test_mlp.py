@@ -98,6 +98,21 @@ def test_the_rules_around_the_kernels_inside_shard_map(specs, argnums):
         np.testing.assert_allclose(a.astype(b.dtype), b, atol=0.03 * np.abs(b).max())
 
 
+def test_the_rules_around_the_kernels_promote_no_ranks():
+    shapes = ((256, 64), (64, 128), (128,), (128, 128), (128,))
+    operands = [jnp.asarray(RNG.normal(size=s) / 8, jnp.bfloat16) for s in shapes]
+
+    def loss(*operands):
+        settings: Any = {"activation": jax.nn.relu, "penalty": jr.L1(1.0)}
+        y, _, value = jr.ops.mlp(*operands, **settings, implementation="mosaic_gpu")
+        a, own = jr.ops.dense(*operands[:3], **settings, implementation="mosaic_gpu")
+        return sum(jnp.mean(b.astype(jnp.float32)) for b in (y, a)) + value + own
+
+    with by_xla(), jax.numpy_rank_promotion("raise"):
+        gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4)))(*operands)
+    assert [g.shape for g in gradient] == list(shapes[1:])
+
+
 def test_bad_operands_are_named():
     x, w1, b1, w2, b2 = (jnp.asarray(a, jnp.float32) for a in (X, W1, B1, W2, B2))
 
