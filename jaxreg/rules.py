@@ -53,7 +53,9 @@ class Rules:
                     f"`{owner}` takes a {kind.__name__}, or None to exempt; got {value!r} for"
                     f" {pattern!r}."
                 )
-            if not (isinstance(pattern, str | re.Pattern) or callable(pattern)):
+            # A class is no predicate, though it can be called: what it makes is mostly true.
+            predicate = callable(pattern) and not isinstance(pattern, type)
+            if not (isinstance(pattern, str | re.Pattern) or predicate):
                 raise TypeError(
                     f"`{owner}` takes rules from a glob, a compiled regular expression or a"
                     f" predicate; got the pattern {pattern!r}."

@@ -461,6 +461,21 @@ def test_reference_of_nnx_state():
     np.testing.assert_allclose(kernel(moved), 6, rtol=1e-6)
 
 
+def test_references_stay_where_they_are_when_the_model_moves():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state, dicts = nnx.state(model, nnx.Param), {"kernel": jnp.zeros((2, 3))}
+    of_state = jr.kernel({"kernel": jr.L2To(1.0, reference=state, weight=state)})
+    of_variable = jr.kernel({"kernel": jr.L2To(1.0, reference=model.kernel)})
+    of_dict = jr.kernel({"kernel": jr.L2To(1.0, reference=dicts)})
+    start = model.kernel[...]
+    model.kernel[...] += 1.0
+    dicts["kernel"] = jnp.ones((2, 3))
+    moved = nnx.state(model, nnx.Param)
+    np.testing.assert_allclose(of_state(moved), jnp.sum(start), rtol=1e-5)
+    np.testing.assert_allclose(of_variable(moved), 6, rtol=1e-6)
+    assert of_dict({"kernel": jnp.ones((2, 3))}) == 6
+
+
 def test_leaf_that_the_tree_of_references_lacks_is_an_error():
     kernel = jr.kernel({"**/kernel": jr.L2To(1.0, reference={"a": PRETRAINED["a"]})})
     with pytest.raises(ValueError, match=r"leaf \"b/kernel\" needs an array there.*'a/bias', 'a/k"):

@@ -343,6 +343,22 @@ def test_a_tied_kernel_counts_once_and_a_foreign_layer_is_an_error():
         jr.activity({})(lambda x: model.a(x))(X)
 
 
+@pytest.mark.parametrize("other", [jr.L1(0.1), jr.L2(0.2), jr.L2(0.1) + jr.L1(0.1)], ids=repr)
+def test_a_tied_kernel_with_two_penalties_is_an_error(other):
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.a = jr.nnx.Dense(5, 5, kernel_regularizer=jr.L2(0.1), rngs=nnx.Rngs(0))
+            self.b = jr.nnx.Dense(5, 5, kernel_regularizer=other, rngs=nnx.Rngs(1))
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.b(self.a(x))
+
+    message = '"a/kernel" and "b/kernel" are one parameter with two penalties'
+    with pytest.raises(ValueError, match=message):
+        jr.activity({})(Tied())(X)
+
+
 def test_a_regularizer_that_is_no_penalty_is_an_error():
     with pytest.raises(TypeError, match=r"nnx.Dense\(kernel_regularizer=...\)` must be a Penalty"):
         jr.nnx.Dense(5, 4, kernel_regularizer=1e-4, rngs=nnx.Rngs(0))  # type: ignore[arg-type]

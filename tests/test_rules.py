@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import jaxreg as jr
 from jaxreg.rules import Rules, matches
@@ -129,7 +130,7 @@ def test_not_strict_allows_idle_rules():
     assert kernel(PARAMS) == 1.0
 
 
-@pytest.mark.parametrize("pattern", [3, None, ("head", "kernel"), b"head"], ids=str)
+@pytest.mark.parametrize("pattern", [3, None, ("head", "kernel"), b"head", nnx.LoRAParam], ids=str)
 @pytest.mark.parametrize("owner", ["kernel", "activity"])
 def test_pattern_of_another_type_is_an_error(owner, pattern):
     message = (

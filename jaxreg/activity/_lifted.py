@@ -178,6 +178,11 @@ class Calls:
                 f"{cannot(measured)}: it is another model's, which is applied inside this one. A"
                 " rule that maps its path to None exempts it."
             )
+        # All since the pass began: a term leaves `nn.vjp` before the `nn.custom_vjp` around that.
+        began = self._stack[1] if len(self._stack) > 1 else call
+        for lift, mend in _MENDS.items():
+            if measured and (call.lifts - began.lifts)[lift]:
+                raise ValueError(f"{cannot(measured)} out of the `nn.{lift}` around it. {mend}")
         if caller.trace == call.trace:
             caller.measured = merge(caller.measured, call.measured)
             return out
@@ -193,9 +198,6 @@ class Calls:
             return out
         if not between:
             raise ValueError(_between_traces(measured, lone=caller.module is None))
-        for lift, mend in _MENDS.items():
-            if between[lift]:
-                raise ValueError(f"{cannot(measured)} out of the `nn.{lift}` around it. {mend}")
         mend = f"{cannot(measured)} {ADD_AXIS}"
         if sows and sow(call.module, _stacked(call.lifts), sown):
             stacks = any(between[lift] for lift in _STACKING)

@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
 import flax.linen as nn
 from flax.core import FrozenDict, freeze
 from flax.core.scope import in_filter, union_filters
+from flax.nnx import bridge
 
 from jaxreg.terms import measure_parameter
 
@@ -149,9 +150,13 @@ def _intercept(
         context.method_name == "__call__" and not calls.calling(module)
     )
     is_call = is_call and not calls.share_scope(module)
+    inside: Any = nullcontext()
+    if isinstance(module, bridge.ToLinen):
+        # What the NNX module inside of it names has its path below it.
+        inside = under_way(dataclasses.replace(run, prefix=run.at(*module.path)))
     with calls.entered(module, is_call=is_call) as entered:
         # Transformations need not let it out, as bare they do not see it.
-        with _watched(run, module, keeps or not entered.lifts):
+        with _watched(run, module, keeps or not entered.lifts), inside:
             out = call(*args, **kwargs)
         if is_call:
             path = run.at(*module.path)
@@ -197,7 +202,8 @@ def _require_no_parameters(measured: Measured) -> None:
         if isinstance(calls[0], Parameter):
             raise ValueError(
                 f'`jaxreg.activity` has no parameters to measure "{path}" by. Give it the'
-                " module's own `apply`: `jaxreg.activity(rules)(model.apply)(variables, x)`."
+                " module's own `apply`, `jaxreg.activity(rules)(model.apply)(variables, x)`, or"
+                " penalize the parameter by `jaxreg.kernel`."
             )
 
 

@@ -6,10 +6,12 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.errors import TraceContextError
 from flax.nnx import bridge
 
+from jaxreg.penalties import Penalty
 from jaxreg.terms import measure_parameter
 
 from ._linen import run_inside
@@ -99,14 +101,27 @@ def run_module(
 def _parameters(modules: list[tuple[Path, Any]]) -> Measured:
     """Measure the parameters that have penalties of their own, each once."""
     measured: Measured = {}
-    shared: set[int] = set()
+    first: dict[int, tuple[str, Penalty]] = {}
     for path, module in modules:
         for name, (penalty, shape) in getattr(module, "_jaxreg_penalties", dict)().items():
             where, variable = join(*path, name), getattr(module, name)
-            if id(variable) not in shared:
+            if id(variable) not in first:
+                first[id(variable)] = where, penalty
                 measured[where] = (measure_parameter(variable[...], penalty, shape, where),)
-            shared.add(id(variable))
+            before, other = first[id(variable)]
+            if _numbers(penalty) != _numbers(other):
+                raise ValueError(
+                    f'`jaxreg.activity` counts a shared parameter once, but "{before}" and'
+                    f' "{where}" are one parameter with two penalties: {other!r} and {penalty!r}.'
+                    " Give one of the layers the sum, and the others none."
+                )
     return measured
+
+
+def _numbers(penalty: Penalty) -> tuple[Any, ...]:
+    """Return what can be told of a penalty inside of `jit`: all but its arrays."""
+    leaves, structure = jax.tree.flatten(penalty)
+    return structure, *(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
 
 
 def path_of(module: Any) -> Path:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ._arithmetic import divide, real_dtype, wide
 from ._checks import NON_NEGATIVE, check_step, require
 from ._explicit import on_any_mesh
-from ._fields import array, positive, register, setting, static
+from ._fields import array, held, positive, register, setting, static
 
 
 @dataclass_transform(
@@ -65,6 +65,8 @@ class Penalty(abc.ABC):
     def __post_init__(self) -> None:
         required = dict.fromkeys(self.strengths, NON_NEGATIVE)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if not field.metadata.get("static"):
+                object.__setattr__(self, field.name, held(getattr(self, field.name)))
             if "requires" in field.metadata:
                 required[field.name] = field.metadata["requires"]
         for name, (what, holds) in required.items():

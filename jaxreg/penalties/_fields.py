@@ -34,6 +34,15 @@ def array(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"array": True}, **kwargs)
 
 
+def held(value: Any) -> Any:
+    """Return what a setting holds now.
+
+    A Variable of Flax's, or a dict, may hold something else later: it moves with its model.
+    """
+    array = getattr(value, "__jax_array__", None)  # which tracers have, too, but as None
+    return jax.tree.map(lambda leaf: leaf, value) if array is None else array()
+
+
 def register(cls: type) -> None:
     """Make a dataclass a pytree."""
     fields = dataclasses.fields(cls)

@@ -660,12 +660,38 @@ def test_a_term_in_a_while_loop_is_an_error_and_one_of_what_it_returns_is_not():
     )
 
 
+def test_a_pass_inside_of_a_while_loop_is_over_in_each_turn():
+    def body(module, carry):
+        h, terms = jr.activity({"a": jr.L2(1.0)}, strict=False)(module.a)(carry[1])
+        return carry[0] + 1, jnp.tanh(h), terms.total
+
+    def run(module, x):
+        start = 0, x, jnp.zeros(())
+        return nn.while_loop(lambda module, carry: carry[0] < 3, body, module, start)[2]
+
+    model = Branches(run)
+    variables = model.init(KEY, X)
+    h = X
+    for _ in range(3):
+        last = dense(variables["params"]["a"], h)
+        h = jnp.tanh(last)
+    chex.assert_trees_all_close(model.apply(variables, X), squares(last), rtol=1e-5)
+
+
 def test_a_term_in_a_custom_vjp_is_an_error_and_one_of_what_it_returns_is_not():
     """The backward function never sees a cotangent of the term: its gradient would be zero."""
     with pytest.raises(ValueError, match=r'"dense" out of the `nn.custom_vjp`.*`jaxreg.sow`'):
         total(SignGradient(), {"dense": jr.L2(1.0)})
     model = SignGradient(penalize_outside=True)
     variables = model.init(KEY, X)
+
+    def lost(variables):
+        return jr.activity({"dense": jr.L2(1.0)})(SignGradient().apply)(variables, X)[1].total
+
+    # Uncompiled, it has no trace of its own; differentiated, `nn.vjp` takes the term out of it.
+    for run in (lost, jax.grad(lost), jax.jit(jax.grad(lost))):
+        with pytest.raises(ValueError, match=r'"dense" out of the `nn.custom_vjp`'):
+            run(variables)
     forward = jr.activity({"dense": None})(model.apply)
     value, gradient = jax.value_and_grad(lambda v: forward(v, X)[1].total)(variables)
     params = variables["params"]["dense"]

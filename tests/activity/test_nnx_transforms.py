@@ -260,6 +260,30 @@ def test_an_nnx_module_inside_of_linen():
     )
 
 
+@pytest.mark.parametrize("lift", [lambda cls: cls, nn.jit, nn.remat], ids=["plain", "jit", "remat"])
+def test_what_nnx_modules_inside_of_linen_name_has_paths_below_them(lift):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in ("first", "second"):
+                layer: Any = {"activity_regularizer": jr.L2(1.0), "name": name}
+                x = bridge.to_linen(jr.nnx.Dense, 3, 3, jnp.tanh, **layer)(x)
+            return x
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lift(Block)(name="block")(x)
+
+    model = Outer()
+    variables = model.init(jax.random.key(0), X)
+    first = variables["params"]["block"]["first"]
+    expected = squares(jnp.tanh(X @ first["kernel"] + first["bias"]))
+    terms = jr.activity({"block/second/output": None})(model.apply)(variables, X)[1]
+    assert list(terms) == ["block/first/output"]
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("strength", [np.array(0.2), jnp.float32(0.2)], ids=["NumPy's", "JAX's"])
 def test_parameters_penalties_of_numbers_and_arrays_are_scanned(strength):
     penalty = jr.L1(0.1) + jr.L2(strength)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxreg as jr
 from tests.registry import CASES, STRENGTH, derivatives
@@ -71,6 +72,20 @@ def test_an_integer_is_the_number_that_it_is(one):
 
     assert slopes(jr.L2(one)).strength == slopes(jr.L2(0.5)).strength == 3
     assert repr(jr.Huber(one, delta=2)) == "Huber(strength=1.0, delta=2.0)"
+
+
+def test_a_setting_takes_what_a_variable_holds_and_does_not_follow_it():
+    strength: Any = nnx.Param(jnp.float32(2.0))
+    reference = nnx.Param(jnp.ones(3))
+
+    @jax.grad
+    def slope(strength):
+        return jr.L1(strength)(jnp.ones(3))
+
+    assert slope(strength)[...] == 3
+    penalty = jr.L2To(strength, reference=reference)
+    strength[...], reference[...] = jnp.float32(5.0), jnp.zeros(3)
+    assert penalty(jnp.zeros(3)) == 6
 
 
 def test_traced_strength_is_accepted_whatever_its_value():
