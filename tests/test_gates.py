@@ -383,6 +383,7 @@ def test_threshold_of_batch_top_k_keeps_at_test_time_what_the_batch_kept():
     np.testing.assert_array_equal(jnp.where(x >= threshold, x, 0), z)
     assert jr.gates.batch_top_k_threshold(jnp.zeros((2, 3))) == 0
     assert np.isnan(jr.gates.batch_top_k_threshold(jnp.array([1.0, jnp.nan])))
+    assert jr.gates.batch_top_k_threshold(jnp.array([jnp.inf, 0.0])) == jnp.inf
     np.testing.assert_array_equal(jax.grad(jr.gates.batch_top_k_threshold)(z), np.zeros_like(z))
 
 

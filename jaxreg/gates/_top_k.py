@@ -137,8 +137,8 @@ def batch_top_k_threshold(z: ArrayLike) -> jax.Array:
         Bussmann, Leask and Nanda, BatchTopK sparse autoencoders, arXiv:2412.06410, 2024.
     """
     z = jax.lax.stop_gradient(require_real("gates.batch_top_k_threshold", "z", z))
-    smallest = jnp.min(z, where=~(z <= 0), initial=jnp.inf)
-    return jnp.where(smallest == jnp.inf, 0, smallest)
+    kept = ~(z <= 0)
+    return jnp.where(jnp.any(kept), jnp.min(z, where=kept, initial=jnp.inf), 0)
 
 
 def _keep_largest(x: jax.Array, k: int) -> jax.Array:

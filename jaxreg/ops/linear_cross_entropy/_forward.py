@@ -62,7 +62,7 @@ class Forward:
         a = w.reshape(-1) * (share if self.reduction == "mean" else 1)
         total, (losses, squares), (lse, correct) = self.compute.of_logits(
             self.settings,
-            hidden.reshape(-1, hidden.shape[-1]),
+            hidden.reshape(labels.size, hidden.shape[-1]),
             weight,
             bias,
             labels.reshape(-1),
@@ -99,6 +99,16 @@ class Forward:
 
 def on_mesh(forward: Forward, problem: Problem, on: Explicit) -> LinearCrossEntropy:
     """Run each device's part on it, where the types of the arrays say what its part is."""
+    reduced = on.tokens if forward.reduction == "none" else PartitionSpec()
+    out: Any = LinearCrossEntropy(
+        reduced, reduced, reduced, on.tokens, on.tokens, PartitionSpec(), PartitionSpec()
+    )
+    if on.mesh.manual_axes:
+        # Inside of a `jax.shard_map` over other axes, which keep their names. Another one inside of
+        # that has no gradient that compiles.
+        out = jax.tree.map(on.sharding, out)
+        anywhere = jax.sharding.auto_axes(forward, axes=on.mesh.explicit_axes, out_sharding=out)
+        return anywhere(problem)  # type: ignore[no-any-return]
     if on.words and forward.compute is _reference:
         raise NotImplementedError(_check.WHOLE)
     specs: Any = Problem(
@@ -113,10 +123,6 @@ def on_mesh(forward: Forward, problem: Problem, on: Explicit) -> LinearCrossEntr
     function = dataclasses.replace(function, vocab_axis_name=on.words or None)
     settings = dataclasses.replace(forward.settings, function=function)
     forward = dataclasses.replace(forward, settings=settings, batch_axis_name=on.token_axes or None)
-    reduced = on.tokens if forward.reduction == "none" else PartitionSpec()
-    out: Any = LinearCrossEntropy(
-        reduced, reduced, reduced, on.tokens, on.tokens, PartitionSpec(), PartitionSpec()
-    )
     run = jax.shard_map(forward, mesh=on.mesh, in_specs=(specs,), out_specs=out)
     result: LinearCrossEntropy = run(jax.tree.map(on.put, problem, specs))
     return result

@@ -33,8 +33,10 @@ class Explicit(NamedTuple):
 
     def put(self, x: jax.Array, spec: Any) -> jax.Array:
         """Return the array with this sharding; nothing moves if it has it."""
-        sharding = NamedSharding(self.mesh, spec)
-        return jax.reshard(x, sharding)  # type: ignore[no-any-return,no-untyped-call]
+        return jax.reshard(x, self.sharding(spec))  # type: ignore[no-any-return,no-untyped-call]
+
+    def sharding(self, spec: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
 
 
 def explicit(problem: Any, words: int) -> Explicit | None:

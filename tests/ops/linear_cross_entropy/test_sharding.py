@@ -169,6 +169,23 @@ def test_the_gradient_inside_of_a_shard_map(expected):
     assert_nothing_large_moves(text, "both")
 
 
+@pytest.mark.parametrize("named", ["data", "model"])
+def test_the_axes_of_a_shard_map_whose_other_axes_are_explicit(named, expected):
+    def of(axis):
+        return axis if axis == named else None
+
+    def local(*arrays):
+        return result_of(*arrays, batch_axis_name=of("data"), vocab_axis_name=of("model"))
+
+    mesh, specs = mesh_of(AxisType.Explicit), specs_of("both")
+    own = P(of("data")), P(None, of("model")), P(of("model")), P(of("data"))
+    out = jr.ops.LinearCrossEntropy(*WHOLE * 3, *[own[3]] * 2, *WHOLE * 2)
+    function = jax.shard_map(
+        differentiate(local), axis_names={named}, in_specs=own, out_specs=((P(), out), own[:3])
+    )
+    assert_same(run(function, mesh, specs)[0], expected)
+
+
 def test_the_cotangent_of_each_token_over_tokens_and_words():
     def sines(hidden, weight, bias, labels):
         result = result_of(hidden, weight, bias, labels, reduction="none")

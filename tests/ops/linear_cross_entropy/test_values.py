@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -274,6 +275,19 @@ def test_a_weight_of_zero_takes_out_a_token_whose_word_is_taken_out(implementati
     np.testing.assert_allclose(total, np.log(6) * (1 if reduction == "mean" else 2), rtol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert np.isinf(both(weight, jnp.ones(3))[0])
+
+
+@both
+def test_without_features_all_words_are_alike(implementation):
+    def loss(hidden, weight):
+        labels = jnp.arange(4)
+        options: Any = {"layout": "DV", "implementation": implementation}
+        return jr.ops.linear_cross_entropy(hidden, weight, labels, **options).total
+
+    arrays = jnp.zeros((4, 0)), jnp.zeros((0, 7))
+    value, gradient = jax.value_and_grad(loss, (0, 1))(*arrays)
+    np.testing.assert_allclose(value, np.log(7), rtol=1e-6)
+    chex.assert_trees_all_equal(gradient, arrays)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
