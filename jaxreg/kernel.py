@@ -33,8 +33,7 @@ def kernel(
             them. A pattern is a glob (`*` within a segment, `**` any number of segments), a
             compiled regular expression, or a predicate of the path. A bare penalty means every
             leaf named `kernel` or `embedding`: no biases, no norm scales.
-        strict: whether a rule that wins no leaf is an error, and one that spells out a leaf which
-            is masked.
+        strict: whether it is an error when a rule wins no leaf, or spells out one that is masked.
 
     Returns:
         A `Kernel`, which is itself a pytree whose leaves are the strengths.
@@ -99,7 +98,7 @@ class Kernel:
                 penalty is not a sum over single entries, and where JAX does not know which leaves
                 are split (`check_vma=False`).
             TypeError: for a rule that spells out a leaf that cannot be penalized, or a complex
-                leaf whose penalty has no modulus; for an integer scalar in place of a tree.
+                leaf whose penalty has no modulus; for the count of a schedule in place of a tree.
         """
         scalar = isinstance(params, jax.Array) and params.shape == ()
         if scalar and jnp.issubdtype(params.dtype, jnp.integer):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import optax
 import optax.contrib
 import pytest
 import scipy.optimize
+from flax import nnx
 
 import jaxreg as jr
 
@@ -208,3 +210,99 @@ def test_the_penalties_of_plain_functions_equinox_and_haiku_are_those_of_the_pag
         return jnp.mean((y - x) ** 2) + 1e-3 * jnp.sum(code) / 4
 
     np.testing.assert_allclose(bias, jax.grad(loss)(model.encoder.bias), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def autoencoders():
+    return run("sparse_autoencoders.md")[0]
+
+
+def _linear(layer):
+    return layer.kernel[...], layer.bias[...]
+
+
+X = jax.random.normal(jax.random.key(3), (16, 8))
+OF_CODES = {
+    "SparseAutoencoder": lambda f, rows: 5 * f,
+    "Weighted": lambda f, rows: 5 * f * jnp.sqrt(jnp.sum(rows**2, axis=1)),
+    "WithTanh": lambda f, rows: 5 * jnp.tanh(2 * f * jnp.sqrt(jnp.sum(rows**2, axis=1))),
+}
+
+
+@pytest.mark.parametrize("name", OF_CODES)
+def test_the_penalties_of_codes_are_those_of_the_page(autoencoders, name):
+    model = autoencoders[name](8, 32, rngs=nnx.Rngs(1))
+
+    def by_hand(encoder, decoder):
+        f = jnp.maximum(X @ encoder[0] + encoder[1], 0)
+        error = jnp.sum((f @ decoder[0] + decoder[1] - X) ** 2, axis=-1)
+        return jnp.mean(error + jnp.sum(OF_CODES[name](f, decoder[0]), axis=-1))
+
+    (value, _), gradient = nnx.value_and_grad(autoencoders["loss"], has_aux=True)(model, X)
+    layers = _linear(model.encoder), _linear(model.decoder)
+    expected = jax.value_and_grad(by_hand, (0, 1))(*layers)
+    found = value, (_linear(gradient["encoder"]), _linear(gradient["decoder"]))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [None, 4.0])
+def test_the_penalties_of_active_units_are_those_of_the_page(autoencoders, target):
+    penalty = autoencoders["L0"](0.1) if target is None else autoencoders["TargetL0"](1, target=4)
+    model = autoencoders["JumpReLU"](8, 32, penalty, rngs=nnx.Rngs(1))
+    (value, terms), gradient = nnx.value_and_grad(autoencoders["loss"], has_aux=True)(model, X)
+    (w, a), (rows, b) = _linear(model.encoder), _linear(model.decoder)
+    theta = np.exp(-1.0)
+    pre = np.asarray(X @ w + a, np.float64)
+    active = pre > theta
+    l0 = active.sum() / len(X)
+    expected = 0.1 * l0 if target is None else (l0 / target - 1) ** 2
+    error = (pre * active) @ rows + b - X
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected + np.mean(np.sum(error**2, axis=-1)), rtol=1e-5)
+    # The derivative by log θ is θ times that by θ: -θ/ε K of the code, and -K/ε of the step.
+    near = (np.abs(pre - theta) < 0.25) / 0.5 / len(X)
+    by_l0 = 0.1 if target is None else 2 * (l0 / target - 1) / target
+    by_theta = -np.sum(near * (theta * 2 * error @ rows.T + by_l0), axis=0)
+    assert np.abs(by_theta).max() > 0.1
+    np.testing.assert_allclose(
+        gradient["log_threshold"][...], theta * by_theta, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_the_error_of_the_error_is_that_of_dead_units_alone(autoencoders):
+    model = autoencoders["TopK"](8, 32, rngs=nnx.Rngs(1))
+    dead = jnp.arange(32) % 3 == 0
+    value, gradient = nnx.value_and_grad(autoencoders["loss_with_auxiliary"])(model, X, dead)
+    (w, a), (rows, b) = _linear(model.encoder), _linear(model.decoder)
+    units = np.maximum(np.asarray(X @ w + a, np.float64), 0)
+
+    def largest(units, k):
+        return np.where(units >= np.sort(units, axis=-1)[:, [-k]], units, 0)
+
+    error = X - (largest(units, 4) @ rows + b)
+    revived = largest(units * np.asarray(dead), 8)
+    auxiliary = np.mean(np.sum((error - revived @ rows) ** 2, axis=-1))
+    np.testing.assert_allclose(
+        value, np.mean(np.sum(error**2, axis=-1)) + auxiliary / 32, rtol=1e-5
+    )
+    # A unit that is neither dead nor among the largest has no gradient; a dead one has.
+    alone = np.asarray(dead) & ~(largest(units, 4) > 0).any(axis=0) & (revived > 0).any(axis=0)
+    assert alone.any()
+    assert np.all(np.any(np.asarray(gradient["encoder"].kernel[...])[:, alone] != 0, axis=0))
+
+
+def test_the_decoder_of_the_page_has_rows_of_norm_one(autoencoders):
+    model = autoencoders["SparseAutoencoder"](8, 32, rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, autoencoders["tx"], wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(autoencoders["loss"], has_aux=True)(model, X)[0])
+    np.testing.assert_allclose(autoencoders["norms"](model.decoder), 1, rtol=1e-5)
+    metrics = autoencoders["metrics"](model, X)
+    code = np.maximum(np.asarray(model.encoder(X)), 0)
+    error = np.asarray(model(X) - X)
+    assert metrics["active units"] == (code > 0).sum() / len(X)
+    assert metrics["dead units"] == (~(code > 0).any(axis=0)).sum()
+    np.testing.assert_allclose(
+        metrics["explained variance"],
+        1 - np.sum(error**2) / np.sum((X - X.mean(axis=0)) ** 2),
+        rtol=1e-5,
+    )

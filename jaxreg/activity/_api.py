@@ -37,9 +37,9 @@ def activity(
 
     A module's output is what its `__call__` returns; of several outputs, each floating-point array
     counts. A module that is called twice counts twice, a shared module under its first path. A path
-    also names a value that the module sows (`encoder/code`). What an NNX module or `jaxreg.sow`
-    puts out inside of two activities is the inner one's; the penalties that a layer carries of its
-    own parameters are the outer one's.
+    also names a value that the module sows (`encoder/code`). Inside of two activities, the inner
+    one takes what NNX modules and `jaxreg.sow` put out, the outer one the penalties that layers
+    carry of their own parameters.
 
     An activity is cheap to build, inside a training step too. Outside of `jit`, build one whose
     strengths are arrays once, and not at each step: each new one retraces jitted functions that run

@@ -194,8 +194,9 @@ class Orthonormal(MatrixConstraint):
 
     Gradient:
         That of the projection, also at repeated singular values, where differentiating an SVD
-        fails; once. Parts along pairs of singular values that are both 0, or for a matrix that is
-        not square along any 0, have no derivative, and are 0.
+        fails. It has no derivative along pairs of singular values that are both 0, nor, for a
+        matrix that is not square, along any that is 0: there it is 0. It can be differentiated
+        once.
 
     Raises:
         ValueError: for an array that is no matrix without its `batch_axes`; for an axis that the
@@ -240,7 +241,7 @@ class SpectralBall(MatrixConstraint):
     Gradient:
         That of the projection is the identity for a matrix within, its edge included. Outside it is
         right also at repeated singular values and at 0, where differentiating an SVD fails; a
-        singular value of exactly r counts as one within. Once.
+        singular value of exactly r counts as one within. It can be differentiated once.
 
     Raises:
         ValueError: for a concrete radius that is not a positive, finite scalar; for an array that
