@@ -269,6 +269,15 @@ def clipped(x):
 clipped.defvjp(lambda x: (clipped(x), x), lambda x, g: (g / (1 + x**2),))
 
 
+def test_only_more_outputs_than_inputs_need_a_forward_derivative():
+    x = jnp.asarray(X, jnp.float32)
+    slopes = 1 / (1 + x**2)
+    expected = jnp.mean(jnp.sum(slopes**2, axis=1))
+    np.testing.assert_allclose(functional.jacobian_norm(clipped, x), expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        functional.jacobian_norm(lambda x: clipped(jnp.tile(x, 2)), x)
+
+
 @pytest.mark.parametrize(
     "activation",
     [jax.nn.sigmoid, jnp.tanh, jax.nn.gelu, jax.nn.relu, clipped],
@@ -455,3 +464,10 @@ def test_interpolates_of_half_precision_under_strict_promotion():
     x = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
         assert jax.eval_shape(functional.interpolate, jax.random.key(0), x, x) == x
+
+
+def test_contractive_of_half_precision_under_strict_promotion():
+    x, kernel = jnp.ones((2, 3), jnp.bfloat16), jnp.full((3, 2), 0.1)
+    with jax.numpy_dtype_promotion("strict"):
+        value = functional.contractive(jnp.tanh, x, kernel)
+    np.testing.assert_allclose(value, functional.contractive(jnp.tanh, jnp.ones((2, 3)), kernel))

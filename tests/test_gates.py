@@ -93,6 +93,14 @@ def test_deterministic_gate():
     assert 0 < np.sum(np.asarray(z) == 1) < 25
 
 
+def test_deterministic_gate_of_half_precision_is_rounded_once():
+    log_alpha = jnp.linspace(-3, 3, 64, dtype=jnp.bfloat16)
+    z = jr.gates.hard_concrete_deterministic(log_alpha)
+    wide = jr.gates.hard_concrete_deterministic(log_alpha.astype(jnp.float32))
+    assert z.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(z, wide.astype(jnp.bfloat16))
+
+
 def test_deterministic_gate_has_no_gradient_where_it_is_closed_or_open():
     # σ(0) · 4 − 2 is exactly 0, and σ(0) · 4 − 1 exactly 1.
     slope = jax.grad(jr.gates.hard_concrete_deterministic)
@@ -237,6 +245,13 @@ def test_strict_dtype_promotion_of_thresholds_in_float32(function, derivatives):
     with jax.numpy_dtype_promotion("strict"):
         out = jax.eval_shape(lambda x, t: function(x, t, bandwidth=0.1), x, jnp.ones(3))
     assert out == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+
+
+def test_a_threshold_of_more_digits_than_its_activation():
+    with jax.enable_x64():
+        x, threshold = jnp.ones((), jnp.float32), jnp.asarray([1 - 1e-12, 1 + 1e-12])
+        opened = jr.gates.step(jnp.broadcast_to(x, 2), threshold, bandwidth=1.0)
+    np.testing.assert_array_equal(opened, np.array([1, 0], np.float32), strict=True)
 
 
 @every_function

@@ -121,6 +121,8 @@ def test_float64_leaves_are_added_up_in_float64():
         value = jr.kernel({"**": jr.L1(1.0)})({"a": jnp.ones(1) / 3, "b": jnp.float32(1)})
         assert value.dtype == jnp.float64
         assert value == 1 + 1 / 3
+        for tree in ({}, {"a": jnp.ones(1, jnp.float32)}):
+            assert jr.kernel({"**": jr.L1(1.0)})(tree).dtype == jnp.float32
 
 
 UNPENALIZED = {
@@ -311,6 +313,12 @@ def test_describe_takes_shapes_alone(params):
     matrix = {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}
     with pytest.raises(ValueError, match=r'takes a matrix, .* got "kernel" of shape \(3,\)'):
         jr.kernel(jr.Nuclear(1.0)).describe(matrix)
+
+
+def test_describe_has_no_total_where_one_leaf_is_a_shape():
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    table = jr.kernel({"**": jr.L1(1.0)}).describe({"a": shape, "b": jnp.ones(2)}).split("\n")
+    assert [line.split()[-1] for line in table[1:]] == ["-", "2", "-"]
 
 
 def test_columns_of_describe_line_up(params):

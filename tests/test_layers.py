@@ -166,6 +166,20 @@ def test_a_scan_over_layers_counts_each_and_a_scan_over_time_counts_one():
         np.testing.assert_allclose(terms["layer/kernel"], 0.1 * jnp.sum(kernel**2), rtol=1e-6)
 
 
+def test_a_kernel_with_sharding_metadata_is_penalized():
+    layer, plain = (
+        jr.linen.Dense(4, kernel_regularizer=jr.L2(0.1), kernel_init=kernel_init)
+        for kernel_init in (
+            nn.with_partitioning(nn.initializers.ones, (None, "model")),
+            nn.initializers.ones,
+        )
+    )
+    variables = layer.init(jax.random.key(0), X)
+    assert isinstance(variables["params"]["kernel"], nn.Partitioned)
+    _, expected = measure(plain, init(plain, X), X)
+    assert_terms(measure(layer, variables, X)[1], expected)
+
+
 def test_microbatches_count_a_parameter_once():
     layer, variables = linen()
 
@@ -236,6 +250,7 @@ def test_mlps_activate_and_penalize_all_but_the_last():
     y_nnx, terms_nnx = nnx.jit(lambda model, x: jr.activity({})(model)(x))(module, X)
     np.testing.assert_allclose(y_nnx, y, rtol=1e-5)
     np.testing.assert_allclose(terms_nnx.total, terms.total, rtol=1e-5)
+    assert len(terms_nnx) == 8
 
 
 def test_mlps_hand_their_initializers_on():
@@ -250,6 +265,36 @@ def test_mlps_hand_their_initializers_on():
         ):
             assert (kernel == 1).all()
             assert (bias == 2).all()
+
+
+def test_mlps_hand_their_dtypes_on():
+    dtypes: Any = {"dtype": jnp.bfloat16, "param_dtype": jnp.float16}
+    own = jr.linen.MLP((3, 2), **dtypes)
+    variables = init(own, X)
+    module = jr.nnx.MLP((X.shape[-1], 3, 2), **dtypes, rngs=nnx.Rngs(0))
+    outputs: list[Any] = [own.apply(variables, X), module(X)]
+    for y, params in zip(outputs, (variables, nnx.state(module, nnx.Param)), strict=True):
+        assert y.dtype == jnp.bfloat16
+        assert [leaf.dtype for leaf in jax.tree.leaves(params)] == 4 * [jnp.float16]
+
+
+def test_without_biases_there_are_no_terms_of_biases():
+    own = jr.linen.MLP((3, 2), use_bias=False, **KEYWORDS)
+    _, terms = measure(own, init(own, X), X)
+    assert set(terms) == {"Dense_0/kernel", "Dense_0/output", "Dense_1/kernel"}
+    module = jr.nnx.MLP((X.shape[-1], 3, 2), use_bias=False, **KEYWORDS, rngs=nnx.Rngs(0))
+    _, terms = jr.activity({})(module)(X)
+    assert set(terms) == {"layers/0/kernel", "layers/0/output", "layers/1/kernel"}
+
+
+def test_an_mlps_implementation_is_that_of_its_hidden_layers():
+    keywords: Any = {"activity_regularizer": jr.L1(0.1), "implementation": "mosaic_gpu"}
+    own = jr.linen.MLP((4, 2), **keywords)
+    variables = init(jr.linen.MLP((4, 2)), X)
+    module = jr.nnx.MLP((X.shape[-1], 4, 2), **keywords, rngs=nnx.Rngs(0))
+    for forward in (lambda x: jr.activity({})(own.apply)(variables, x), jr.activity({})(module)):
+        with pytest.raises(NotImplementedError, match=r"its kernel needs JAX|must all be bfloat16"):
+            forward(X)
 
 
 def test_an_implementation_that_cannot_run_says_why():

@@ -97,6 +97,12 @@ def test_rule_that_wins_nothing_is_named_with_the_nearest_paths(pattern, shown):
         jr.kernel({pattern: jr.L1(1.0)})(PARAMS)
 
 
+def test_leaves_of_one_path_are_one_path_of_the_error():
+    params = {"a/kernel": jnp.ones(2), "a": {"kernel": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=r'none of the 1 leaves .* Nearest: "a/kernel"\. `strict'):
+        jr.kernel({"b": jr.L1(1.0)})(params)
+
+
 def test_predicate_that_wins_nothing_is_named():
     def is_missing(path):
         return False

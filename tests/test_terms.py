@@ -52,6 +52,12 @@ def test_separable_reduction(reduction, divisor, masked_divisor):
     np.testing.assert_allclose(value, total / masked_divisor, rtol=1e-6)
 
 
+def test_a_known_count_is_divided_by_in_one_operation():
+    jaxpr = str(jax.make_jaxpr(lambda x: jr.penalize(x, jr.L2(1.0)))(CODES))
+    assert jaxpr.count(" div ") == 1
+    assert "select" not in jaxpr
+
+
 def test_batch_mean_is_the_default():
     assert jr.penalize(jnp.ones((4, 2, 5)), jr.L1(1.0)) == 10.0
 
@@ -153,8 +159,9 @@ def test_mask_of_another_shape_is_an_error(shape):
 
 
 def test_a_mask_of_weights_is_an_error():
-    with pytest.raises(TypeError, match="booleans, or integers; got dtype float32"):
-        jr.penalize(CODES, jr.L1(1.0), mask=0.5 * jnp.ones(CODES.shape[:-1]))
+    for dtype in ("float32", "complex64"):
+        with pytest.raises(TypeError, match=f"booleans, or integers; got dtype {dtype}"):
+            jr.penalize(CODES, jr.L1(1.0), mask=0.5 * jnp.ones(CODES.shape[:-1], dtype))
     integers = jr.penalize(CODES, jr.L1(1.0), mask=np.asarray(MASK, int))
     np.testing.assert_allclose(integers, jr.penalize(CODES, jr.L1(1.0), mask=MASK), rtol=1e-6)
 

@@ -143,7 +143,7 @@ def batch_top_k_threshold(z: ArrayLike) -> jax.Array:
 
 def _keep_largest(x: jax.Array, k: int) -> jax.Array:
     """Keep the k largest entries along the last axis."""
-    _, indices = jax.lax.top_k(jax.lax.stop_gradient(x), k)
+    _, indices = jax.lax.top_k(x, k)
     nothing = jnp.zeros(x.shape, bool)
     kept = jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
     # A NaN with its sign bit set sorts below all numbers.

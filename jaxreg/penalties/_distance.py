@@ -70,8 +70,7 @@ class L2To(Penalty):
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         reference = _counted(_of_rank(self.reference, x), where)
         squares = squared_modulus(x - reference)
-        weight = _counted(self._weight(squares), where)
-        return jnp.sum(weight * squares, where=where)
+        return jnp.sum(self._weight(squares) * squares, where=where)
 
     def step_axes(self, ndim: int) -> tuple[int, ...]:
         return ()

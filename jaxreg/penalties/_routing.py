@@ -121,7 +121,7 @@ class LoadBalance(Statistic):
         # One maximum after the other is a reduction, which each device takes of its own tokens. For
         # `lax.top_k` XLA gathers all tokens on CPU devices.
         lowest = jnp.finfo(logits.dtype).min  # type: ignore[no-untyped-call]
-        scores = jnp.maximum(jax.lax.stop_gradient(logits), lowest)
+        scores = jnp.maximum(logits, lowest)
         chosen = jnp.zeros(logits.shape, bool)
         for _ in range(min(self.convention(experts)[0], experts)):
             best = jnp.argmax(jnp.where(chosen, -jnp.inf, scores), axis=-1)

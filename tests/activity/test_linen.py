@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import freeze
+from flax import config
+from flax.core import FrozenDict, freeze
 
 import jaxreg as jr
 
@@ -94,6 +95,25 @@ def test_users_own_mutables_and_sown_values_come_back_untouched(options, rules):
     assert list(terms) == list(rules)
 
 
+def test_no_intermediates_come_back_where_the_model_sows_none():
+    model, variables = nn.Dense(5), {"params": VARIABLES["params"]["encoder"]}
+    out, _ = jr.activity({".": jr.L1(1.0)})(model.apply)(variables, X, mutable=["intermediates"])
+    chex.assert_trees_all_equal(out, model.apply(variables, X, mutable=["intermediates"]))
+
+
+def test_an_empty_tree_of_the_models_own_comes_back():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.put_variable("intermediates", "none", {})
+            return nn.remat(nn.Dense)(5, name="encoder")(x)
+
+    variables = {"params": {"encoder": VARIABLES["params"]["encoder"]}}
+    forward = jr.activity({"encoder": jr.L1(1.0)})(Model().apply)
+    (_, state), _ = forward(variables, X, mutable=["intermediates"])
+    assert state == {"intermediates": {"none": {}}}
+
+
 def test_mutable_batch_statistics_are_updated():
     class Model(nn.Module):
         @nn.compact
@@ -116,6 +136,21 @@ def test_passing_variables_back_in_does_not_count_twice():
     assert len(again["intermediates"]["code"]) == 2, "Flax's own accumulation is the user's"
 
 
+def test_a_value_sown_by_an_earlier_pass_alone_is_not_this_ones():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            h = nn.Dense(5, name="encoder")(x)
+            if train:
+                self.sow("intermediates", "code", h)
+            return h
+
+    variables = {"params": {"encoder": VARIABLES["params"]["encoder"]}}
+    _, state = Model().apply(variables, X, True, mutable=["intermediates"])
+    _, terms = jr.activity({"**": jr.L1(1.0)})(Model().apply)({**variables, **state}, X, False)
+    assert set(terms) == {".", "encoder"}
+
+
 @pytest.mark.parametrize("method", ["init", "init_with_output"])
 def test_init_leaves_no_trace(method):
     plain = getattr(MODEL, method)
@@ -130,6 +165,16 @@ def test_frozen_variables_and_lazy_keywords():
     expected = forward(VARIABLES, X)[1].total
     assert forward(freeze(VARIABLES), X)[1].total == expected
     assert forward(variables=VARIABLES, x=X)[1].total == expected
+
+
+def test_what_comes_back_is_frozen_if_flaxs_own_is():
+    with config.temp_flip_flag("return_frozendict", True):
+        expected = MODEL.apply(VARIABLES, X, mutable=["intermediates"])
+        out, _ = jr.activity({"encoder": jr.L1(1.0)})(MODEL.apply)(
+            VARIABLES, X, mutable=["intermediates"]
+        )
+    assert isinstance(out[1], FrozenDict)
+    chex.assert_trees_all_equal(out, expected)
 
 
 def test_values_that_the_model_sows_have_paths():
@@ -159,6 +204,12 @@ def test_a_value_sown_in_a_lifted_method_is_measured_there():
     value, gradient = jax.value_and_grad(lambda x: forward({}, x)[1].total)(X)
     np.testing.assert_allclose(value, (1 + 2 + 4) * jnp.sum(jnp.abs(X)) / 4, rtol=1e-6)
     np.testing.assert_allclose(gradient, (1 + 2 + 4) * jnp.sign(X) / 4, rtol=1e-6)
+
+
+def test_outputs_that_flax_captures_are_no_values_that_the_model_sows():
+    forward = jr.activity({"**": jr.L1(1.0)})(MODEL.apply)
+    _, terms = forward(VARIABLES, X, capture_intermediates=True)
+    chex.assert_trees_all_equal(terms.as_dict(), forward(VARIABLES, X)[1].as_dict())
 
 
 def test_a_value_that_another_module_sows_is_an_error():
@@ -255,6 +306,27 @@ def test_nested_jit_does_not_replay_another_trace():
             np.testing.assert_allclose(forward(variables, X)[1].total, expected / 4, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"reduction": "sum"}, {"reduction": "mean"}],
+        [{"mask": jnp.arange(4) < 1}, {"mask": jnp.arange(4) < 2}],
+    ],
+    ids=["reduction", "mask"],
+)
+def test_nested_jit_does_not_replay_another_reduction_or_mask(options):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return JittedDense(5, name="encoder")(x)
+
+    variables = {"params": {"encoder": VARIABLES["params"]["encoder"]}}
+    h, penalty = encoded(VARIABLES), jr.L1(1.0)
+    for option in options:
+        _, terms = jr.activity({"encoder": penalty}, **option)(Model().apply)(variables, X)
+        np.testing.assert_allclose(terms.total, jr.penalize(h, penalty, **option), rtol=1e-6)
+
+
 def test_a_statistic_under_scan_is_finished_per_layer():
     class Codes(nn.Module):
         @nn.compact
@@ -333,6 +405,12 @@ def test_a_rule_that_wins_nothing_names_what_is_near(rules, message):
         jr.activity(rules)(MODEL.apply)(VARIABLES, X)
     _, terms = jr.activity({"encodr": jr.L1(1.0)}, strict=False)(MODEL.apply)(VARIABLES, X)
     assert float(terms.total) == 0.0
+
+
+def test_an_output_that_its_penalty_cannot_take_is_named():
+    forward = jr.activity({"encoder": jr.Slowness(1.0, axis=-3)})(MODEL.apply)
+    with pytest.raises(ValueError, match=r'got axis=-3 for "encoder" of shape \(4, 5\)'):
+        forward(VARIABLES, X)
 
 
 def test_a_module_that_no_call_reaches_is_an_error():

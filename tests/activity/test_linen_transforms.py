@@ -438,6 +438,7 @@ CASES = {
     "scan-remat-listed": case(Lifted(scan(REMAT)), one_after_the_other),
     "remat-scan": case(Lifted(scan(Block, PARAMS, unroll=2, out_axes=1)), one_after_the_other),
     "scan-jit": case(Lifted(scan(nn.jit(Block), PARAMS)), one_after_the_other),
+    "scan-fold_rngs": case(Lifted(scan(nn.fold_rngs(Block), PARAMS)), one_after_the_other),
     "vmap": case(Lifted(lambda name: ensemble(axes=PARAMS)(name=name)), side_by_side),
     "vmap-listed": case(Lifted(lambda name: ensemble(out_axes=-1)(name=name)), side_by_side),
     "vmap-remat": case(Lifted(lambda name: ensemble(REMAT, PARAMS)(name=name)), side_by_side),
@@ -593,6 +594,52 @@ def test_what_cannot_carry_a_term_says_which_argument_mends_it(name):
     """Each names `variable_axes`; the cases that are listed above show that it mends them."""
     with pytest.raises((ValueError, TypeError), match=MEND.format("blocks")):
         total(Inline(REFUSED[name]), {"blocks/dense": jr.L2(1.0), "blocks": jr.L1(1.0)})
+
+
+def mends(error):
+    return [note for note in error.__notes__ if "Unless the model itself is at fault" in note]
+
+
+def test_the_mend_is_said_once():
+    """However many modules the error passes through."""
+    refused = REFUSED["vmap-not-stacked"]
+    model = Inline(lambda module, x: Inline(refused, name="inner")(x))
+    with pytest.raises(ValueError, match=MEND.format("inner/blocks")) as caught:
+        total(model, {"**/dense": jr.L2(1.0)})
+    assert len(mends(caught.value)) == 1
+
+
+def fail(module):
+    if not module.is_initializing():
+        raise RuntimeError("from the model")
+
+
+class Fails(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        fail(self)
+
+
+def after_a_term_beside(module, x):
+    scan(axes=PARAMS)("blocks")(x)
+    fail(module)
+
+
+def in_another_module(module, x):
+    scan()("blocks")(x)
+    Fails()(x)
+
+
+def after_a_module(module, x):
+    Lifted(scan(), name="inner")(x)
+    fail(module)
+
+
+@pytest.mark.parametrize("run", [after_a_term_beside, in_another_module, after_a_module])
+def test_an_error_once_terms_have_left_is_the_models(run):
+    with pytest.raises(RuntimeError, match="from the model") as caught:
+        total(Inline(run), {"**/dense": jr.L2(1.0)})
+    assert not mends(caught.value)
 
 
 @pytest.mark.parametrize("axes", [{"params": 0}, CARRY], ids=["beside", "sown"])
@@ -811,6 +858,26 @@ def test_branches_sow_different_penalties_under_one_name():
         np.testing.assert_allclose(terms(i)["code"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("penalties", "sizes"),
+    [
+        ([jr.KLSparsity(1.0, target=0.3)] * 2, [1, 2]),
+        ([jr.L1(0.3), jr.L1(jnp.bfloat16(0.5))], [3, 3]),
+    ],
+    ids=["moments", "strengths"],
+)
+def test_branches_sow_other_types_under_one_name(penalties, sizes):
+    branches = [
+        lambda module, x, penalty=penalty, size=size: sown(penalty)(module, x[:, :size])
+        for penalty, size in zip(penalties, sizes, strict=True)
+    ]
+    for i, (penalty, size) in enumerate(zip(penalties, sizes, strict=True)):
+        model = Inline(lambda module, x, i=i: nn.switch(i, branches, module, x))
+        _, terms = jr.activity({})(model.apply)({}, X)
+        expected = jr.penalize(nn.sigmoid(X[:, :size]), penalty)
+        np.testing.assert_allclose(terms["code"], expected, rtol=1e-5)
+
+
 def test_branches_hold_branches_and_scans():
     """Also strengths of several types."""
     narrow = jr.L1(jnp.bfloat16(0.5))
@@ -999,9 +1066,10 @@ def test_a_jitted_module_whose_term_was_sown_is_not_replayed_in_a_function():
     model = nn.jit(Block)()
     variables = model.init(KEY, X)
     activity = jr.activity({"dense": jr.L2(1.0)})
-    activity(model.apply)(variables, X, mutable=["intermediates"])
+    activity(model.apply)(variables, X)
     with pytest.raises(ValueError, match=r'"dense" out of an `nn.jit`'):
-        activity(lambda v: model.apply(v, X, mutable=["intermediates"]))(variables)
+        # As a set: that is how the pass above asks for them.
+        activity(lambda v: model.apply(v, X, mutable={"intermediates"}))(variables)
 
 
 def test_batch_statistics_dropout_and_the_users_own_intermediates_alongside():

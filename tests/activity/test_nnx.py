@@ -67,6 +67,23 @@ def test_a_bound_method(model):
     np.testing.assert_allclose(terms["encoder"], jnp.sum(h) / 4, rtol=1e-6)
 
 
+def test_a_bound_call_is_the_module(model):
+    y, terms = jr.activity({".": jr.L1(1.0)})(model.__call__)(X)
+    np.testing.assert_allclose(terms["."], jnp.sum(jnp.abs(y)) / 4, rtol=1e-6)
+
+
+def test_a_module_has_the_names_of_its_class():
+    names = ("__name__", "__qualname__", "__module__", "__doc__")
+
+    class Named(nnx.Module):
+        """What it does."""
+
+        def __call__(self):
+            return [getattr(type(self), name) for name in names]
+
+    assert jr.activity({})(Named())()[0] == [getattr(Named, name) for name in names]
+
+
 def test_the_model_and_its_classes_are_untouched(model):
     attributes, cls = dict(vars(model.encoder)), type(model.encoder)
     methods = dict(vars(cls))
@@ -529,6 +546,19 @@ def test_an_activity_inside_another_measures_alone():
     chex.assert_trees_all_close(inner.as_dict(), expected, rtol=1e-6)
     once = jnp.sum(code) / 4
     chex.assert_trees_all_close(outer.as_dict(), {"encoder": once, "encoder/code": once}, rtol=1e-6)
+
+
+def test_what_an_activity_around_has_measured_is_not_the_inner_ones():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x), jr.activity({})(self.linear)(x)
+
+    (h, (_, inner)), outer = jr.activity({"linear": jr.L1(1.0)})(Model(nnx.Rngs(0)))(X)
+    assert not inner
+    np.testing.assert_allclose(outer.total, jr.penalize(h, jr.L1(1.0)), rtol=1e-6)
 
 
 def test_any_bound_method_runs_itself():

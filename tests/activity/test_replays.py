@@ -112,6 +112,17 @@ def test_parameters_of_two_layers_of_one_trace_both_count():
     chex.assert_trees_all_close(terms.as_dict(), expected, rtol=1e-6)
 
 
+def test_under_another_activity_around_this_one():
+    model = nn.Sequential([nn.jit(nn.Dense)(5)])
+    variables = model.init(KEY, X)
+    h: Any = model.apply(variables, X)
+    inner = jr.activity({"layers_0": L1})(model.apply)
+    for penalty in (L1, jr.L2(1.0)):
+        (_, inside), outside = jax.jit(jr.activity({"layers_0": penalty})(inner))(variables, X)
+        np.testing.assert_allclose(inside.total, jr.penalize(h, L1), rtol=1e-6)
+        np.testing.assert_allclose(outside.total, jr.penalize(h, penalty), rtol=1e-6)
+
+
 def test_in_a_function_nothing_tells_two_modules_of_one_trace_apart():
     forward = jr.activity({"**": L1})(lambda v, x: Two(JITTED["class"]).apply(v, x))
     with pytest.raises(ValueError, match=r"out of an `nn\.jit`, which ran one trace twice"):

@@ -136,10 +136,12 @@ def test_one_feature_has_nothing_to_decorrelate_from():
 
 
 def test_variance_hinge_is_zero_beyond_the_target():
-    x = jnp.array([[0.0], [3.0]])
-    value, gradient = value_and_gradient(jr.VarianceHinge(1.0, target=2.0), x)
-    assert value == 0.0
-    np.testing.assert_array_equal(gradient, [[0.0], [0.0]])
+    # Of a variance of 4.5; and of one of 2, to which a deviation of 2 is the target itself.
+    for x, epsilon in ([[0.0], [3.0]], 1e-4), ([[-1.0], [1.0]], 2.0):
+        penalty = jr.VarianceHinge(1.0, target=2.0, epsilon=epsilon)
+        value, gradient = value_and_gradient(penalty, jnp.array(x))
+        assert value == 0.0
+        np.testing.assert_array_equal(gradient, [[0.0], [0.0]])
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
@@ -151,9 +153,16 @@ def test_a_large_mean_takes_no_digits_from_covariances(mean):
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
+def test_the_squares_of_sums_over_many_examples_do_not_overflow():
+    x = jnp.full((4096, 2), 2.0**53)
+    assert jr.Decorrelation(1.0)(x) == 0
+    np.testing.assert_allclose(jr.VarianceHinge(1.0)(x), 0.99, rtol=1e-6)
+
+
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_rounding_between_microbatches_leaves_the_variance_hinge_finite(mean):
-    parts = (mean + 1e-4 * RNG.normal(size=(3, 4, 2))).astype(np.float32)
+    means = mean * np.linspace(1, 2, 8)  # of some of which rounding makes a negative variance
+    parts = (means + 1e-4 * RNG.normal(size=(3, 4, 8))).astype(np.float32)
     penalty = jr.VarianceHinge(1.0)
 
     @jax.jit

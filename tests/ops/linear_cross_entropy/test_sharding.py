@@ -1,6 +1,7 @@
 """Tokens and words over eight devices: the same numbers, and nothing large moved."""
 
 import re
+from functools import partial
 from typing import Any
 
 import chex
@@ -184,6 +185,31 @@ def test_the_axes_of_a_shard_map_whose_other_axes_are_explicit(named, expected):
         differentiate(local), axis_names={named}, in_specs=own, out_specs=((P(), out), own[:3])
     )
     assert_same(run(function, mesh, specs)[0], expected)
+
+
+def test_the_largest_word_of_a_device_without_the_label_is_not_the_labels():
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(AxisType.Auto), in_specs=P("model"), out_specs=P())
+    def correct(bias):
+        hidden, weight = jnp.zeros((4, 1)), jnp.zeros((1, 2))
+        return jr.ops.linear_cross_entropy(
+            hidden, weight, jnp.arange(4), bias=bias, vocab_axis_name="model"
+        ).correct
+
+    np.testing.assert_array_equal([correct(bias) for bias in np.eye(4)], np.eye(4, dtype=bool))
+
+
+def test_second_derivatives_over_tokens_and_words():
+    def along(function):
+        def curvature(hidden, *others):
+            slope = jax.grad(lambda h: function(h, *others).total)
+            return jax.jvp(slope, (hidden,), (jnp.cos(hidden),))[1]
+
+        return curvature
+
+    mesh = mesh_of(AxisType.Auto)
+    found, _ = run(along(shard_mapped(mesh, "both")), mesh, specs_of("both"))
+    assert_same(found, jax.jit(along(result_of))(*ARRAYS))
 
 
 def test_the_cotangent_of_each_token_over_tokens_and_words():

@@ -182,12 +182,18 @@ def test_half_precision_keeps_small_gradients():
     np.testing.assert_allclose(jax.grad(by_hidden)(hidden)[0, 0], -12e4 * rest / tokens, rtol=2e-3)
 
 
-def test_a_float32_weight_of_a_bfloat16_product_has_an_unrounded_gradient():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_float32_weight_of_a_bfloat16_product_has_an_unrounded_gradient(reduction):
     p = problem(tokens=64)
     hidden, weight = jnp.asarray(p.hidden, jnp.bfloat16), jnp.asarray(p.weight, jnp.float32)
 
     def gradient(**options):
-        return jax.grad(lambda w: op(hidden, w, p.labels, chunk=8, **options).total)(weight)
+        def mean(weight):
+            return jnp.mean(
+                op(hidden, weight, p.labels, chunk=8, reduction=reduction, **options).total
+            )
+
+        return jax.grad(mean)(weight)
 
     wide = gradient(dtype="bfloat16")
     assert wide.dtype == jnp.float32
@@ -195,6 +201,13 @@ def test_a_float32_weight_of_a_bfloat16_product_has_an_unrounded_gradient():
     np.testing.assert_allclose(wide, gradient(), atol=2e-3)
     narrow = gradient(dtype="bfloat16", gradient_dtype="bfloat16")
     np.testing.assert_array_equal(narrow * 64, (narrow * 64).astype(jnp.bfloat16))
+
+
+def test_a_float32_bias_of_a_bfloat16_product_is_not_rounded():
+    bias = jnp.asarray([1.001, 2.003, 3.005])
+    hidden, weight = jnp.zeros((2, 4), jnp.bfloat16), jnp.zeros((4, 3), jnp.bfloat16)
+    lse = op(hidden, weight, np.array([0, 1]), bias=bias).lse
+    np.testing.assert_allclose(lse, 2 * [jax.nn.logsumexp(bias)], rtol=1e-6)
 
 
 @both
@@ -234,6 +247,15 @@ def test_a_bias_of_minus_infinity_takes_a_word_out():
     )
     np.testing.assert_array_equal(gradient["weight"][:, 10:], 0)
     np.testing.assert_array_equal(gradient["bias"][10:], 0)
+
+
+@both
+def test_without_any_word_the_normalizer_is_zero(implementation):
+    p = problem()
+    bias = np.full(p.bias.shape, -np.inf)
+    result = op(p.hidden, p.weight, p.labels, bias=bias, implementation=implementation, z_loss=1.0)
+    np.testing.assert_array_equal(result.lse, -np.inf)
+    assert result.z_loss == np.inf
 
 
 @both
@@ -291,10 +313,11 @@ def test_without_features_all_words_are_alike(implementation):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_ignored_is_zero_with_gradients_of_zero(reduction):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_all_ignored_is_zero_with_gradients_of_zero(dtype, reduction):
     p = problem()
     p = p._replace(labels=np.full_like(p.labels, -100))
-    result, gradient = differentiate(p, z_loss=0.1, chunk=4, reduction=reduction)
+    result, gradient = differentiate(p, dtype, z_loss=0.1, chunk=4, reduction=reduction)
     for value in (result.total, result.loss, result.z_loss, result.accuracy, result.weight):
         np.testing.assert_array_equal(value, 0)
     assert not result.correct.any()
