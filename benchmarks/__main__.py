@@ -40,7 +40,7 @@ def run(claim: str, smoke: bool, rounds: int, bar: Any) -> dict[str, Any]:
     rows = []
     tqdm.write(f"\n{claim}: {_title(module)}\n{HEAD}")
     for row in module.rows(smoke, rounds):
-        tqdm.write(row.line())
+        tqdm.write(row.line(rounds))
         bar.set_postfix_str(f"{claim}, {len(rows) + 1} rows")
         rows.append(row)
     if not smoke and hasattr(module, "draw"):

@@ -17,18 +17,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import workloads
 from ._timing import interleaved, ratios
-from .train_step import penalized, step_of, without
+from .train_step import by_hand, penalized, step_of, without
 
 
 def main(smoke: bool, rounds: int) -> None:
     """Print the quartiles of with ÷ without by the number of devices."""
     workload = workloads.WORKLOADS["mlp"](smoke)
     params = workload.init()
+    expected = by_hand(workload)(params, *workload.batch)
     found = {}
     for count in (1, 2, 4, 8):
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
         batch = jax.device_put(workload.batch, NamedSharding(mesh, PartitionSpec("data")))
         everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        value = jax.jit(penalized(workload))(everywhere, *batch)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=f"on {count} devices")
         losses = {"with": penalized(workload), "without": without(workload)}
         steps = {name: step_of(loss, everywhere, batch) for name, loss in losses.items()}
         found[count] = ratios(interleaved(steps, rounds), "with", "without")

@@ -20,7 +20,8 @@ class Row:
 
     Args:
         what: what over what.
-        measured: its quartiles; None where it was not measured, and `note` then says why.
+        measured: its quartiles, and of how many rounds, if of any; None where it was not measured,
+            and `note` then says why.
         target: "≤ 0.90", "≥ 1.5", or None.
         details: anything else that was measured, for the JSON.
         note: a remark, for instance why a target is missed.
@@ -42,14 +43,20 @@ class Row:
         """Return a row of a number that has no spread, such as compiled memory."""
         return cls(what, {"low": value, "median": value, "high": value}, target, details)
 
-    @property
-    def shown(self) -> str:
-        """The measurement: the median, and half of the interquartile range."""
+    def shown(self, rounds: int | None = None) -> str:
+        """Return the median, half of the interquartile range, and of how many rounds.
+
+        Args:
+            rounds: as many as go without saying, unless it is one: that has no spread to show.
+        """
         if self.measured is None:
             return "not measured"
         low, median, high = (self.measured[q] for q in ("low", "median", "high"))
         digits = 3 if abs(median) < 10 else 1
-        return f"{median:.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if low < high else "")
+        spread = f" ± {(high - low) / 2:.{digits}f}" if low < high else ""
+        own = self.measured.get("rounds")
+        of = "" if own in (None, rounds) else f" ({own} rounds)"
+        return f"{median:.{digits}f}{spread}{' (one round)' if own == 1 else of}"
 
     @property
     def verdict(self) -> str:
@@ -66,11 +73,10 @@ class Row:
             return "no difference"
         return ("met" if met else "missed") + (", no difference" if same else "")
 
-    def line(self) -> str:
-        """Return the row of a Markdown table."""
-        return (
-            f"| {self.what} | {self.shown} | {self.target or ''} | {self.verdict} | {self.note} |"
-        )
+    def line(self, rounds: int | None = None) -> str:
+        """Return the row of a Markdown table that is of so many rounds."""
+        cells = self.what, self.shown(rounds), self.target or "", self.verdict, self.note
+        return f"| {' | '.join(cells)} |"
 
 
 HEAD = "| measure | result | target | | |\n| --- | --- | --- | --- | --- |"
@@ -119,12 +125,13 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     for claim, result in results.items():
         ran = result["about"]
         versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
+        lines = (Row(**row).line(result["rounds"]) for row in result["rows"])
         parts += [
             f"## {claim}",
             result["title"],
             f"`python -m benchmarks --only {claim} --rounds {result['rounds']}`, {ran['date']}, on"
             f" {ran['cores']} cores of a {ran['device']} ({ran['machine']}), Python"
             f" {ran['python']}, {versions}.",
-            "\n".join([HEAD, *(Row(**row).line() for row in result["rows"])]),
+            "\n".join([HEAD, *lines]),
         ]
     return "\n\n".join(parts) + "\n"

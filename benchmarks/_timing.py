@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +16,6 @@ def interleaved(
     functions: dict[str, Callable[[], Any]], rounds: int, *, queued: bool = False
 ) -> dict[str, list[float]]:
     """Run every function in each round, so that load on the machine falls on all alike.
-
-    Their order is drawn anew for each round: what one leaves behind (a warm cache, threads that
-    still spin) then falls on all alike, too.
 
     Args:
         functions: by name; each is called without arguments, and what it returns is waited for.
@@ -47,12 +44,39 @@ def interleaved(
         calls[name] = max(1, round(SHORTEST / run(function, 1)))
     # The results of queued calls may all be in memory, and beside long ones a wait is little.
     queued = queued and max(calls.values()) > 5
-    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name in order.sample(list(functions), len(functions)):
-            seconds[name].append(run(functions[name], calls[name]))
+    for name in shuffled(functions, rounds):
+        seconds[name].append(run(functions[name], calls[name]))
     return seconds
+
+
+def compilations(compile_of: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Run every function once in each round, with nothing in JAX's caches.
+
+    Args:
+        compile_of: by name; each is called without arguments, traces and compiles.
+        rounds: how many rounds are timed.
+
+    Returns:
+        For each name the seconds, in each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in compile_of}
+    for name in shuffled(compile_of, rounds):
+        jax.clear_caches()
+        start = time.perf_counter()
+        compile_of[name]()
+        seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def shuffled(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Yield all names in each round, in an order that is drawn anew for each.
+
+    What one leaves behind (a warm cache, threads that still spin) then falls on all alike.
+    """
+    order, names = random.Random(0), list(names)
+    for _ in range(rounds):
+        yield from order.sample(names, len(names))
 
 
 def summary(values: Any) -> dict[str, float]:
@@ -62,5 +86,6 @@ def summary(values: Any) -> dict[str, float]:
 
 
 def ratios(seconds: dict[str, list[float]], name: str, baseline: str) -> dict[str, float]:
-    """Return the quartiles of the time of one over that of the other, round by round."""
-    return summary(np.divide(seconds[name], seconds[baseline]))
+    """Return the quartiles of the time of one over that of the other, and of how many rounds."""
+    found = np.divide(seconds[name], seconds[baseline])
+    return {**summary(found), "rounds": len(found)}

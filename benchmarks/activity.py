@@ -2,8 +2,8 @@
 
 A transformer of 24 layers: memory under scan and remat with a penalty of every block, also where
 the model stores what is penalized; compilation unrolled, with a penalty of every dense layer; and
-two of its layers, as wide, for the time of a step. The penalty is checked against Flax's own
-capture of the outputs.
+two of its layers, as wide, for the time of a step. The penalty is first checked against what the
+model stores, or against Flax's own capture of the outputs.
 
 `python -m benchmarks.activity`, in the environment of `benchmarks.aot`, prints the memory on
 accelerators that are not there.
@@ -12,7 +12,6 @@ accelerators that are not there.
 import dataclasses
 import functools
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import jaxreg as jr
 
 from ._report import Row
-from ._timing import interleaved, ratios, summary
+from ._timing import compilations, interleaved, ratios, summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +140,23 @@ def shapes(model: nn.Module, size: Size) -> tuple[Any, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), x)["params"], x
 
 
+def drawn(model: nn.Module, size: Size) -> tuple[Any, Any]:
+    """Return parameters and a batch."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> jax.Array:
+        return jnp.asarray(rng.normal(size=leaf.shape) / size.width**0.5, leaf.dtype)
+
+    return jax.tree.map(draw, shapes(model, size))
+
+
+def check(losses: dict[str, Callable[..., Any]], baseline: str, arguments: Any) -> None:
+    """Raise if jaxreg's loss is not that of the baseline."""
+    found, expected = (jax.jit(losses[name])(*arguments) for name in ("jr.activity", baseline))
+    if not abs(found - expected) <= 1e-5 * expected:
+        raise AssertionError(f"the penalized loss is {found}, and that of {baseline} {expected}")
+
+
 def memory_losses(size: Size) -> dict[str, Callable[..., Any]]:
     """Return losses of the scanned model: without, with, and with stored activations."""
     return {
@@ -158,6 +174,7 @@ def temporary(loss: Callable[..., Any], arguments: Any) -> int:
 
 def memory(size: Size, measure: Callable[..., int]) -> Iterator[Row]:
     """Yield the temporary memory of the losses with a penalty over that of the loss without."""
+    check(memory_losses(SMOKE), "stored", drawn(Scanned(SMOKE), SMOKE))
     arguments = shapes(Scanned(size), size)
     found = {name: measure(loss, arguments) for name, loss in memory_losses(size).items()}
     for name, target in {"jr.activity": "≤ 1.02", "stored": None}.items():
@@ -189,14 +206,14 @@ def unrolled_losses(size: Size) -> dict[str, Callable[..., Any]]:
 
 def compilation(size: Size, rounds: int) -> Iterator[Row]:
     """Yield the ratio of the times to trace and compile the unrolled gradient."""
-    arguments = shapes(Unrolled(size), size)
-    seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, loss in unrolled_losses(size).items():
-            jax.clear_caches()
-            start = time.perf_counter()
-            jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
+    arguments, losses = drawn(Unrolled(size), size), unrolled_losses(size)
+    check(losses, "captured", arguments)
+
+    def compiled(loss: Callable[..., Any]) -> Any:
+        return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+
+    programs = {name: functools.partial(compiled, loss) for name, loss in losses.items()}
+    seconds = compilations(programs, rounds)
     for name, target in {"jr.activity": "≤ 1.10", "captured": None}.items():
         what = f"trace and compile, {size.layers} layers, every Dense: {name} ÷ without"
         yield Row(what, ratios(seconds, name, "without"), target)
@@ -204,21 +221,12 @@ def compilation(size: Size, rounds: int) -> Iterator[Row]:
 
 def step(size: Size, rounds: int) -> Iterator[Row]:
     """Yield the ratio of the times of a gradient step of the unrolled model."""
-    model = Unrolled(size)
-    params_shape, x_shape = shapes(model, size)
-    rng = np.random.default_rng(0)
-
-    def draw(leaf: Any) -> jax.Array:
-        return jnp.asarray(rng.normal(size=leaf.shape) / size.width**0.5, leaf.dtype)
-
-    params, x = jax.tree.map(draw, params_shape), draw(x_shape)
+    arguments, losses = drawn(Unrolled(size), size), unrolled_losses(size)
+    check(losses, "captured", arguments)
     runs = {}
-    for name, loss in unrolled_losses(size).items():
-        program = jax.jit(jax.value_and_grad(loss)).lower(params, x).compile()
-        runs[name] = functools.partial(program, params, x)
-    (found, _), (expected, _) = runs["jr.activity"](), runs["captured"]()
-    if abs(found - expected) > 1e-5 * expected:
-        raise AssertionError(f"the penalized loss is {found}, and with what is captured {expected}")
+    for name, loss in losses.items():
+        program = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+        runs[name] = functools.partial(program, *arguments)
     seconds = interleaved(runs, rounds)
     details = {"seconds": {name: summary(times) for name, times in seconds.items()}}
     for name, target in {"jr.activity": "≤ 1.03", "captured": None}.items():

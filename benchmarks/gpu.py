@@ -38,6 +38,7 @@ import optax
 
 import jaxreg as jr
 from benchmarks import linear_cross_entropy
+from benchmarks._report import Row
 from benchmarks._timing import interleaved, ratios, summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -323,7 +324,7 @@ def _run(device: jax.Device, options: argparse.Namespace) -> list[str]:
         cells = []
         for key, value in found.items():
             if key.startswith("÷"):
-                cells += [f"{k} {key} {r['median']:.3f}" for k, r in value.items()]
+                cells += [f"{k} {key} {Row(k, r).shown(options.rounds)}" for k, r in value.items()]
             elif key != "error":
                 cells.append(f"{key} {value['median'] * 1e6:,.0f} µs")
         print(f"{name}: {'; '.join(cells) or found['error']} ({took:.0f} s)", flush=True)

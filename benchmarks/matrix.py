@@ -63,25 +63,29 @@ def compare(
 
 
 def orthogonality(shape: tuple[int, int], rounds: int) -> Iterator[Row]:
-    """Yield the ratios for value and gradient on a wide kernel."""
+    """Yield the ratios for value and gradient on a wide kernel, each penalty to its own formula."""
     w = jax.random.normal(jax.random.key(0), shape) / np.sqrt(shape[0])
-    soft, off = jr.SoftOrthogonal(1.0), jr.OffDiagonalOrthogonal(1.0)
-    for name, ours, theirs in [("soft", soft, soft_orthogonal), ("off", off, off_diagonal)]:
-        a, b = (jax.jit(jax.value_and_grad(f))(w) for f in (ours, theirs))
-        error = {
-            "value": float(abs(a[0] - b[0]) / b[0]),
-            "gradient": float(jnp.linalg.norm(a[1] - b[1]) / jnp.linalg.norm(b[1])),
-        }
-        if max(error.values()) > 1e-5:
-            raise AssertionError(f"{name} differs from its formula: {error}")
-    functions = {
-        "Keras's formula": jax.value_and_grad(keras_orthogonal),
-        "SoftOrthogonal's formula": jax.value_and_grad(soft_orthogonal),
-        "jr.SoftOrthogonal": jax.value_and_grad(soft.__call__),
-        "jr.OffDiagonalOrthogonal": jax.value_and_grad(off.__call__),
-    }
     label = "value and gradient, {} × {}".format(*shape)
-    yield from compare(functions, (w,), "Keras's formula", rounds, label)
+    for penalty, baseline, formula in (
+        (jr.Orthogonal(1.0), "Keras's formula", keras_orthogonal),
+        (jr.SoftOrthogonal(1.0), "the formula of Bansal et al.", soft_orthogonal),
+        (jr.OffDiagonalOrthogonal(1.0), "Sonnet's formula", off_diagonal),
+    ):
+        name = f"jr.{type(penalty).__name__}"
+        functions = {
+            baseline: jax.value_and_grad(formula),
+            name: jax.value_and_grad(penalty.__call__),
+        }
+        (b, slope_b), (a, slope_a) = (jax.jit(function)(w) for function in functions.values())
+        error = {
+            "value": float(abs(a - b) / b),
+            "gradient": float(jnp.linalg.norm(slope_a - slope_b) / jnp.linalg.norm(slope_b)),
+        }
+        # The slope of a modulus: among millions of cosines, rounding gives a few the other sign.
+        kinks = isinstance(penalty, jr.Orthogonal)
+        if error["value"] > 1e-5 or error["gradient"] > (1e-2 if kinks else 1e-5):
+            raise AssertionError(f"{name} differs from {baseline}: {error}")
+        yield from compare(functions, (w,), baseline, rounds, label)
 
 
 def nuclear(n: int, step: float, rounds: int) -> Iterator[Row]:
@@ -94,8 +98,8 @@ def nuclear(n: int, step: float, rounds: int) -> Iterator[Row]:
         name: float(np.linalg.norm(jax.jit(p.prox)(x, step) - exact, 2))
         for name, p in (("svd", svd), ("polar", polar))
     }
-    if error["polar"] > 1e-3 * step + 1e-5 * s[0]:
-        raise AssertionError(f"the polar method is further off than it says: {error}")
+    if error["svd"] > 1e-5 * s[0] or error["polar"] > 1e-3 * step + 1e-5 * s[0]:
+        raise AssertionError(f"a method is further off than it says: {error}")
     functions = {"svd": svd.prox, "polar": polar.prox, "one product": lambda x, t: x @ x}
     label = f"nuclear norm's prox, {n} × {n}, step {step}"
     yield from compare(functions, (x, step), "svd", rounds, label)

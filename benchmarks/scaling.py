@@ -1,16 +1,17 @@
 """How the cost of a penalty grows with leaves, sites, parameters, devices and strengths.
 
 Each point is a step with a penalty ÷ without. Leaves: SGD of kernels of 64 entries, one operation a
-leaf, with an L2 in the loss: its run time, and its time to trace and compile. Sites: the gradient
-of a stack of narrow dense layers with an L1 of every output. Parameters: AdamW with a coupled L2,
-in four leaves. Devices: the MLP's step with its batch over CPU devices, which share the cores.
-Strengths: a linear lasso trained by one vmap ÷ trainings one by one.
+leaf, with an L2 in the loss, also by hand: its run time, and its time to trace and compile. Sites:
+the gradient of a stack of narrow dense layers with an L1 of every output. Parameters: AdamW with a
+coupled L2, in four leaves. Devices: the MLP's step with its batch over CPU devices, which share the
+cores. Strengths: a linear lasso trained by one vmap ÷ trainings one by one. Before they are timed,
+all are checked against their formulas, or against the same by hand.
 """
 
+import functools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxreg as jr
 
 from . import optimizer
 from ._report import Row
-from ._timing import interleaved, ratios
+from ._timing import compilations, interleaved, ratios
 
 # Of 10,000 leaves XLA's compiler for the CPU had no program after 17 minutes.
 LEAVES = (10, 100, 1000, 3000)
@@ -39,31 +41,35 @@ def _row(curve: str, x: int, ratio: dict[str, float]) -> Row:
 
 def leaves(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
     """Yield the run time, and trace and compile time, by the number of leaves."""
-    kernel = jr.kernel(jr.L2(1e-4))
+    penalties: dict[str, Any] = {
+        "with": jr.kernel(jr.L2(1e-4)),
+        "by hand": optimizer.leaf_by_leaf,
+        "without": None,
+    }
     for count in counts:
         params = {f"layer_{i}": {"kernel": jnp.ones((8, 8))} for i in range(count)}
+        for name in ("with", "by hand"):
+            optimizer.check_l2(penalties[name], params)
+        built: dict[str, Callable[[], Any]] = {}
 
-        def build(penalty: Any, params: Any = params) -> tuple[float, Callable[[], Any]]:
+        def build(name: str, params: Any = params, built: Any = built) -> None:
             def step(params: Any, grads: Any) -> Any:
                 value: Any = 0.0
-                if penalty:
-                    value, own = jax.value_and_grad(penalty)(params)
+                if penalties[name]:
+                    value, own = jax.value_and_grad(penalties[name])(params)
                     grads = optax.tree.add(grads, own)
                 return value, jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
 
-            start = time.perf_counter()
-            compiled = jax.jit(step).lower(params, params).compile()
-            return time.perf_counter() - start, lambda: compiled(params, params)
+            program = jax.jit(step).lower(params, params).compile()
+            built[name] = functools.partial(program, params, params)
 
-        built: dict[str, list[Any]] = {"with": [], "without": []}
-        for _ in range(min(rounds, 3) if count <= 1000 else 1):
-            for name, penalty in (("with", kernel), ("without", None)):
-                jax.clear_caches()
-                built[name].append(build(penalty))
-        steps = {name: pairs[-1][1] for name, pairs in built.items()}
-        yield _row("leaves", count, ratios(interleaved(steps, rounds), "with", "without"))
-        seconds = {name: [first for first, _ in pairs] for name, pairs in built.items()}
-        yield _row("leaves, trace and compile", count, ratios(seconds, "with", "without"))
+        # Each of the programs with 3,000 takes a minute.
+        builds = {name: functools.partial(build, name) for name in penalties}
+        compiling = compilations(builds, min(rounds, 3) if count <= 1000 else 1)
+        running = interleaved(built, rounds)
+        for curve, seconds in (("leaves", running), ("leaves, trace and compile", compiling)):
+            yield _row(curve, count, ratios(seconds, "with", "without"))
+            yield _row(f"{curve}, by hand", count, ratios(seconds, "by hand", "without"))
 
 
 class _Stack(nn.Module):
@@ -76,9 +82,26 @@ class _Stack(nn.Module):
         return x
 
 
+def stack_gradient(params: Any, x: Any, strength: float) -> Any:
+    """Return the gradient of a stack's summed outputs and its L1, by the formula, in NumPy."""
+    layers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
+    y, passed = np.asarray(x, np.float64), []
+    for i in range(len(layers)):
+        layer = layers[f"dense_{i}"]
+        h = y @ layer["kernel"] + layer["bias"]
+        passed.append((y, h))
+        y = np.tanh(h)
+    slope, gradient = np.ones_like(y), {}
+    for i, (y, h) in reversed(list(enumerate(passed))):
+        slope = slope * (1 - np.tanh(h) ** 2) + strength * np.sign(h) / len(x)
+        gradient[f"dense_{i}"] = {"kernel": y.T @ slope, "bias": slope.sum(0)}
+        slope = slope @ layers[f"dense_{i}"]["kernel"].T
+    return {"params": gradient}
+
+
 def sites(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
     """Yield the run time by the number of modules whose output is penalized."""
-    activity = jr.activity({"dense_*": jr.L1(1e-4)})
+    activity = jr.activity({"dense_*": jr.L1(1.0)})
     for depth in counts:
         model, x = _Stack(depth), jnp.ones((128, 64))
         params = jax.jit(model.init)(jax.random.key(0), x)
@@ -91,17 +114,23 @@ def sites(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
             return jnp.sum(model.apply(params, x))
 
         grads = {"with": jax.jit(jax.grad(penalized)), "without": jax.jit(jax.grad(without))}
-        steps = {n: lambda g=g, params=params: g(params) for n, g in grads.items()}
+        steps = {n: functools.partial(g, params) for n, g in grads.items()}
+        for name, strength in (("with", 1.0), ("without", 0.0)):
+            exact = jax.tree.leaves(stack_gradient(params, x, strength))
+            for slope, expected in zip(jax.tree.leaves(steps[name]()), exact, strict=True):
+                off = np.linalg.norm(slope - expected) / np.linalg.norm(expected)
+                np.testing.assert_array_less(off, 1e-3, err_msg=f"{depth} sites, {name}")
         yield _row("sites", depth, ratios(interleaved(steps, rounds), "with", "without"))
 
 
 def parameters(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
     """Yield the run time of AdamW with a coupled penalty by the number of parameters."""
-    coupled = jr.add_penalty_gradient(jr.kernel(jr.L2(1e-4)))
+    optimizer.check()
+    chains = optimizer.chains()
     for count in counts:
         steps = {
-            "with": optimizer.stepper(optax.chain(coupled, optax.adamw(1e-3)), count),
-            "without": optimizer.stepper(optax.adamw(1e-3), count),
+            "with": optimizer.stepper(chains["coupled L2"], count),
+            "without": optimizer.stepper(chains["AdamW"], count),
         }
         yield _row("parameters", count, ratios(interleaved(steps, rounds), "with", "without"))
 
