@@ -269,6 +269,13 @@ def test_the_penalties_of_active_units_are_those_of_the_page(autoencoders, targe
     )
 
 
+def test_a_decoder_row_of_zeros_has_a_gradient(autoencoders):
+    model = autoencoders["Weighted"](8, 32, rngs=nnx.Rngs(1))
+    model.decoder.kernel[...] = model.decoder.kernel[...].at[0].set(0)
+    gradient = nnx.grad(autoencoders["loss"], has_aux=True)(model, X)[0]
+    assert np.all(np.isfinite(gradient["decoder"].kernel[...]))
+
+
 def test_the_error_of_the_error_is_that_of_dead_units_alone(autoencoders):
     model = autoencoders["TopK"](8, 32, rngs=nnx.Rngs(1))
     dead = jnp.arange(32) % 3 == 0

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from flax.nnx import bridge
 
 from jaxreg.penalties import Penalty
+from jaxreg.penalties._checks import is_concrete
 from jaxreg.terms import measure_parameter
 
 from ._linen import run_inside
@@ -109,7 +111,7 @@ def _parameters(modules: list[tuple[Path, Any]]) -> Measured:
                 first[id(variable)] = where, penalty
                 measured[where] = (measure_parameter(variable[...], penalty, shape, where),)
             before, other = first[id(variable)]
-            if _numbers(penalty) != _numbers(other):
+            if _differ(penalty, other):
                 raise ValueError(
                     f'`jaxreg.activity` counts a shared parameter once, but "{before}" and'
                     f' "{where}" are one parameter with two penalties: {other!r} and {penalty!r}.'
@@ -118,10 +120,14 @@ def _parameters(modules: list[tuple[Path, Any]]) -> Measured:
     return measured
 
 
-def _numbers(penalty: Penalty) -> tuple[Any, ...]:
-    """Return what can be told of a penalty inside of `jit`: all but its arrays."""
-    leaves, structure = jax.tree.flatten(penalty)
-    return structure, *(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+def _differ(one: Penalty, other: Penalty) -> bool:
+    """Return whether two penalties differ, as far as they are concrete."""
+    structures = set(map(jax.tree.structure, (one, other)))
+    return len(structures) > 1 or any(
+        not np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        if is_concrete(a) and is_concrete(b)
+    )
 
 
 def path_of(module: Any) -> Path:

@@ -65,7 +65,7 @@ class Penalty(abc.ABC):
     def __post_init__(self) -> None:
         required = dict.fromkeys(self.strengths, NON_NEGATIVE)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if not field.metadata.get("static"):
+            if field.init and not field.metadata.get("static"):
                 object.__setattr__(self, field.name, held(getattr(self, field.name)))
             if "requires" in field.metadata:
                 required[field.name] = field.metadata["requires"]

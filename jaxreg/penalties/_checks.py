@@ -66,16 +66,15 @@ def is_floating(value: Any) -> bool:
 def require_order(penalty: Any, low: str, high: str) -> None:
     """Raise if two fields are concrete and not in this order, or NaN."""
     values: list[Any] = [getattr(penalty, name) for name in (low, high)]
-    if all(map(_is_concrete, values)) and not np.all(
-        np.asarray(values[0]) <= np.asarray(values[1])
-    ):
+    if all(map(is_concrete, values)) and not np.all(np.asarray(values[0]) <= np.asarray(values[1])):
         raise ValueError(
             f"`jaxreg.{type(penalty).__name__}({low}=..., {high}=...)` must be in this order;"
             f" got {low}={values[0]!r}, {high}={values[1]!r}."
         )
 
 
-def _is_concrete(value: Any) -> bool:
+def is_concrete(value: Any) -> bool:
+    """Return whether this is a number or an array that can be read here and now."""
     if isinstance(value, jax.Array):
         # One that other processes hold parts of cannot be read here.
         return not isinstance(value, jax.core.Tracer) and value.is_fully_addressable

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 from ._checks import POSITIVE
 
@@ -39,8 +40,11 @@ def held(value: Any) -> Any:
 
     A Variable of Flax's, or a dict, may hold something else later: it moves with its model.
     """
-    array = getattr(value, "__jax_array__", None)  # which tracers have, too, but as None
-    return jax.tree.map(lambda leaf: leaf, value) if array is None else array()
+    if isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+        return value
+    if hasattr(value, "__jax_array__"):
+        return value.__jax_array__()
+    return jax.tree.map(lambda leaf: leaf, value)
 
 
 def register(cls: type) -> None:

@@ -1,5 +1,6 @@
 """Strengths and settings, sums and multiples, and penalties of one's own."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -86,6 +87,20 @@ def test_a_setting_takes_what_a_variable_holds_and_does_not_follow_it():
     penalty = jr.L2To(strength, reference=reference)
     strength[...], reference[...] = jnp.float32(5.0), jnp.zeros(3)
     assert penalty(jnp.zeros(3)) == 6
+
+
+def test_a_field_of_ones_own_may_be_set_after_the_others():
+    class Doubled(jr.Separable):
+        factor: float = dataclasses.field(init=False)
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "factor", 2.0)
+
+        def phi(self, x):
+            return self.factor * jnp.abs(x)
+
+    assert Doubled(1.0)(jnp.ones(3)) == 6
 
 
 def test_traced_strength_is_accepted_whatever_its_value():

@@ -15,6 +15,13 @@ WHOLE = (
     " that is split over devices. Leave out the implementation."
 )
 
+# XLA ends the process over the gather of the labels' logits.
+NAMED = (
+    f"`jaxreg.{NAME}` inside of a `jax.shard_map` over some axes of a mesh takes tokens or words"
+    " that explicit axes beside them split, and not both. Let the `jax.shard_map` be over these,"
+    " too, and name them: batch_axis_name=..., vocab_axis_name=..."
+)
+
 
 def token_weights(
     weights: ArrayLike | None,

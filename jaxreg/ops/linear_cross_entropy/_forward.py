@@ -104,6 +104,8 @@ def on_mesh(forward: Forward, problem: Problem, on: Explicit) -> LinearCrossEntr
         reduced, reduced, reduced, on.tokens, on.tokens, PartitionSpec(), PartitionSpec()
     )
     if on.mesh.manual_axes:
+        if on.words and on.token_axes:
+            raise NotImplementedError(_check.NAMED)
         # Inside of a `jax.shard_map` over other axes, which keep their names. Another one inside of
         # that has no gradient that compiles.
         out = jax.tree.map(on.sharding, out)

@@ -92,6 +92,32 @@ def test_what_must_be_static(name):
         jax.jit(lambda s: call(**{name: s}).total)(0.5)
 
 
+def test_tokens_and_words_that_are_split_beside_a_shard_map():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"))
+    spec = jax.sharding.PartitionSpec
+
+    def local(hidden, weight, labels):
+        return call(hidden=hidden, weight=weight, labels=labels, batch_axis_name="data").total
+
+    def of_type(*entries):
+        return lambda x: jax.reshard(x, jax.sharding.NamedSharding(mesh, spec(*entries)))
+
+    @jax.jit
+    def loss(hidden, weight, labels):
+        tokens = of_type(("data", "fsdp"))
+        arrays = tokens(hidden), of_type(None, "model")(weight), tokens(labels)
+        specs = spec("data"), spec(), spec("data")
+        sharded = jax.shard_map(local, axis_names={"data"}, in_specs=specs, out_specs=spec())
+        return sharded(*arrays)
+
+    arrays = jnp.ones((8, 4)), jnp.ones((4, 6)), jnp.zeros(8, jnp.int32)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match=r"tokens or words .* and not both"),
+    ):
+        jax.eval_shape(loss, *arrays)
+
+
 def test_the_reference_takes_no_words_that_types_split():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
