@@ -158,8 +158,7 @@ def compile_cost(counts: tuple[int, ...], rounds: int) -> Iterator[Row]:
         for name in ("kernel", "leaf by leaf"):
             check_l2(penalties[name], params)
         programs = {n: functools.partial(compiled, p, params) for n, p in penalties.items()}
-        # A thousand leaves take half a minute.
-        times = compilations(programs, rounds if count < 1000 else 1)
+        times = compilations(programs, rounds)
         what = f"trace and compile, {count:,} leaves"
         yield Row(f"{what}: kernel ÷ without", ratios(times, "kernel", "without"), "≤ 1.05")
         yield Row(f"{what}: leaf by leaf ÷ without", ratios(times, "leaf by leaf", "without"))
