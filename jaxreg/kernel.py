@@ -39,7 +39,8 @@ def kernel(
         A `Kernel`, which is itself a pytree whose leaves are the strengths.
 
     Raises:
-        TypeError: for a value that is neither a penalty nor None.
+        TypeError: for a value that is neither a penalty nor None, and for another pattern: a class,
+            for one.
 
     Example:
         >>> import jax.numpy as jnp

@@ -53,8 +53,9 @@ class Dense(nnx.Module):
     initializers. The penalties are terms of a surrounding `jaxreg.activity` (with no rules:
     `activity({})`), under the layer's path: `output`, which the activity's reduction divides and a
     rule for that path replaces (one for the layer's own path adds to it); and `kernel` and `bias`,
-    which neither does, and which count once, whether the layer runs often or not at all. Without a
-    surrounding activity nothing is penalized.
+    which neither does, and which count once, whether the layer runs often or not at all. Layers
+    that share a parameter must give it one penalty: two are an error. Without a surrounding
+    activity nothing is penalized.
 
     Args:
         in_features: the size of the input's last axis.

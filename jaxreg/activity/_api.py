@@ -68,7 +68,8 @@ def activity(
         any function that calls Linen modules; or a `functools.partial` of these.
 
     Raises:
-        TypeError: for a rule's value that is neither a penalty nor None.
+        TypeError: for a rule's value that is neither a penalty nor None, and for another pattern: a
+            class, for one.
         ValueError: for an unknown reduction.
 
     Example:

@@ -178,11 +178,13 @@ class Calls:
                 f"{cannot(measured)}: it is another model's, which is applied inside this one. A"
                 " rule that maps its path to None exempts it."
             )
-        # All since the pass began: a term leaves `nn.vjp` before the `nn.custom_vjp` around that.
-        began = self._stack[1] if len(self._stack) > 1 else call
-        for lift, mend in _MENDS.items():
-            if measured and (call.lifts - began.lifts)[lift]:
-                raise ValueError(f"{cannot(measured)} out of the `nn.{lift}` around it. {mend}")
+        if measured:
+            # All since the pass began: a term leaves `nn.vjp` before the `nn.custom_vjp` around it.
+            began = self._stack[1] if len(self._stack) > 1 else call
+            around = call.lifts - began.lifts
+            for lift, mend in _MENDS.items():
+                if around[lift]:
+                    raise ValueError(f"{cannot(measured)} out of the `nn.{lift}` around it. {mend}")
         if caller.trace == call.trace:
             caller.measured = merge(caller.measured, call.measured)
             return out

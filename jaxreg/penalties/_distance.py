@@ -27,7 +27,8 @@ class L2To(Penalty):
     Args:
         strength: s, a non-negative scalar.
         reference: r, an array that broadcasts to w. Under `jaxreg.kernel` it may be a tree of the
-            parameters' structure, of which each leaf takes the array at its own path.
+            parameters' structure, of which each leaf takes the array at its own path. Of an NNX
+            state it is what that holds now.
         weight: f ≥ 0, an array that broadcasts to w, or such a tree, or None for 1.
 
     Gradient:

@@ -98,6 +98,9 @@ def linear_cross_entropy(
         ValueError: for shapes that do not fit, an ambiguous layout, and settings out of range; for
             concrete labels out of range. Traced labels out of range cannot raise: their token's
             weight is NaN, and so are the reduced values and all gradients.
+        NotImplementedError: for words that are split with `implementation="reference"`; inside of a
+            `jax.shard_map` over some axes of a mesh, where explicit axes beside them split both
+            tokens and words.
 
     Example:
         >>> import jax, jax.numpy as jnp
