@@ -30,7 +30,7 @@ class Beside:
         measured: the measurements.
         probe: see `probe`.
         level: how many forward passes are around the one that measured.
-        axes: how many axes the transformations are to stack it on.
+        axes: on how many axes the transformations may stack it.
         cached: whether it leaves an `nn.jit`, which JAX may run without tracing it.
         jitted: whether a jitted function returns it.
     """
@@ -39,7 +39,7 @@ class Beside:
     measured: Measured
     probe: Any = dataclasses.field(default_factory=probe)
     level: int = 0
-    axes: int = 0
+    axes: range = range(1)
     cached: bool = False
     jitted: bool = False
 
@@ -49,7 +49,7 @@ def _take_apart(beside: Beside) -> tuple[Any, Any]:
     return (beside.output, beside.measured, beside.probe), static
 
 
-def _put_together(static: tuple[int, int, bool, bool], children: Any) -> Any:
+def _put_together(static: tuple[int, range, bool, bool], children: Any) -> Any:
     output, measured, probe = children
     beside = Beside(output, measured, probe, *static)
     passes = takers.get()

@@ -210,11 +210,14 @@ class Calls:
         self._leaving = mend
         if between["jit"]:
             self._traced[frozenset(measured)] += 1
+        # Under `jax.disable_jit` a scan is a loop, whose turns may hand over theirs one by one.
+        loops = between["scan"] if getattr(jax.config, "jax_disable_jit") else 0
+        axes = _stacked(between)
         beside = partial(
             Beside,
             measured=measured,
             level=self._level,
-            axes=_stacked(between),
+            axes=range(axes - loops, axes + 1),
             cached=between["jit"] > 0,
             jitted=between["jit"] > 0,
         )
@@ -239,7 +242,7 @@ class Calls:
                     f"{cannot(beside.measured)} out of an `nn.jit` that no `jax.jit` is around."
                     " Put one around the forward pass, or give it the module's own `apply`."
                 )
-            if beside.probe.shape[-1] != 0 or beside.probe.ndim - 1 != beside.axes:
+            if beside.probe.shape[-1] != 0 or beside.probe.ndim - 1 not in beside.axes:
                 raise ValueError(f"{cannot(beside.measured)} {ADD_AXIS}")
             if beside.cached:
                 self._require_one_module(beside.measured)

@@ -529,6 +529,11 @@ def test_value_and_gradient_are_those_of_a_loss_written_by_hand(name):
     check(CASES[name])
 
 
+def test_without_jit_where_scans_are_loops():
+    with jax.disable_jit():
+        check(CASES["scan-remat"])
+
+
 def check(case):
     shapes = jax.eval_shape(case.model.init, KEY, case.x)
     rng = np.random.default_rng(0)
