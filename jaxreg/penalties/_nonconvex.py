@@ -1,7 +1,6 @@
 """Penalties that are a sum of one nonconvex function over the entries: sparse, with less bias."""
 
 import math
-from collections.abc import Callable
 from dataclasses import KW_ONLY
 
 import jax
@@ -101,7 +100,12 @@ class LogSum(Separable):
         # Without a root the objective increases from 0 on.
         root = jnp.sqrt(jnp.where(square > 0, square, 1))
         shrunk = jnp.maximum(size - 2 * scale / (size + epsilon + root), 0)
-        return _best(self.phi, x, scale, jnp.where(square > 0, shrunk, 0))
+        # The objective there less that at 0, over |x|: next to that at 0 the difference would have
+        # no digits, and far from 1 the squares would overflow or vanish.
+        unit = jnp.where(size == 0, 1, size)
+        over = shrunk / unit * (shrunk / 2 - size) + scale * self.phi(shrunk) / unit
+        kept = jnp.where((square > 0) & (over < 0), shrunk, 0)
+        return jnp.where(jnp.isfinite(x), jnp.sign(x) * kept, x)
 
 
 class MCP(Separable):
@@ -150,8 +154,9 @@ class MCP(Separable):
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, knot = step * self.strength, jnp.asarray(self.knot, x.dtype)
         size = jnp.abs(x)
-        inner = _ratio(size - scale, 1 - scale / knot)
-        return _best(self.phi, x, scale, jnp.clip(inner, 0, knot), jnp.maximum(size, knot))
+        inner = jnp.clip(_ratio(size - scale, 1 - scale / knot), 0, knot)
+        edge = jnp.where(scale < knot, knot, _jump(scale, knot / 2))
+        return jnp.sign(x) * jnp.where(size > edge, size, inner)
 
 
 class SCAD(Separable):
@@ -173,7 +178,9 @@ class SCAD(Separable):
         s · sign(x) · clip((aθ − |x|) / ((a − 1)θ), 0, 1), and 0 at 0.
 
     Prox:
-        The best, by its objective, of the minimizers in the three pieces.
+        With w = t·s. For w < (a − 1)θ: sign(x) · max(|x| − w, 0) up to θ + w,
+        sign(x) · ((a − 1)θ·|x| − aθ·w) / ((a − 1)θ − w) up to aθ, x beyond. For w ≥ (a − 1)θ:
+        that of `CappedL1` with the cap (a + 1)θ/2.
 
     Raises:
         ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, a
@@ -203,15 +210,11 @@ class SCAD(Separable):
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, (threshold, end) = step * self.strength, self._knots(x)
         size, width = jnp.abs(x), end - threshold
-        middle = _ratio(size - scale * end / width, 1 - scale / width)
-        return _best(
-            self.phi,
-            x,
-            scale,
-            jnp.clip(size - scale, 0, threshold),
-            jnp.clip(middle, threshold, end),
-            jnp.maximum(size, end),
-        )
+        middle = jnp.clip(_ratio(size - scale * end / width, 1 - scale / width), threshold, end)
+        is_middle = (scale < width) & (size > threshold + scale)
+        inner = jnp.where(is_middle, middle, jax.nn.relu(size - scale))
+        edge = jnp.where(scale < width, end, _jump(scale, (threshold + end) / 2))
+        return jnp.sign(x) * jnp.where(size > edge, size, inner)
 
     def _knots(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         threshold = jnp.asarray(self.threshold, x.dtype)
@@ -232,8 +235,8 @@ class CappedL1(Separable):
         s · sign(x) below the cap, 0 at 0, at the cap and beyond it.
 
     Prox:
-        sign(x) · z, where z is clip(|x| − t·s, 0, θ) or max(|x|, θ), whichever has the smaller
-        objective.
+        With w = t·s. For w ≤ 2θ: sign(x) · max(|x| − w, 0) up to θ + w/2, x beyond. For w > 2θ:
+        0 up to √(2·w·θ), x beyond.
 
     Raises:
         ValueError: for a concrete strength that is negative, NaN, infinite or not a scalar, or a
@@ -260,7 +263,8 @@ class CappedL1(Separable):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, cap, size = step * self.strength, jnp.asarray(self.cap, x.dtype), jnp.abs(x)
-        return _best(self.phi, x, scale, jnp.clip(size - scale, 0, cap), jnp.maximum(size, cap))
+        inner = jax.nn.relu(size - scale)
+        return jnp.sign(x) * jnp.where(size > _jump(scale, cap), size, inner)
 
 
 class L0(Separable):
@@ -303,26 +307,16 @@ class L0(Separable):
         return jnp.where((jnp.square(x) <= twice) & (twice > 0), 0, x)
 
 
+def _jump(scale: jax.Array, cap: jax.Array) -> jax.Array:
+    """Return the |x| from which on it is better kept than soft-thresholded by the scale.
+
+    For scale · min(|z|, cap). To compare objectives would not tell |x| from what lies next to it.
+    """
+    soft = cap + scale / 2
+    return jnp.where(scale <= 2 * cap, soft, jnp.sqrt(scale) * jnp.sqrt(2 * cap))
+
+
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Divide where the denominator is positive; elsewhere the piece is concave, and no minimum."""
     positive = denominator > 0
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
-
-
-def _best(
-    phi: Callable[[jax.Array], jax.Array], x: jax.Array, scale: jax.Array, *candidates: jax.Array
-) -> jax.Array:
-    """Return sign(x) · z, z the best of 0 and the candidates (each ≥ 0) for ½(z − |x|)² + scale·φ.
-
-    Each piece of the penalty gives its own minimizer as a candidate.
-    """
-    size = jnp.abs(x)
-    unit = jnp.where(size == 0, 1, size)
-    best, lowest = jnp.zeros_like(x), jnp.zeros_like(x)
-    for candidate in candidates:
-        # Less that of 0, over |x|: next to it the difference would have no digits, and far from 1
-        # the squares would overflow or vanish.
-        objective = candidate / unit * (candidate / 2 - size) + scale * phi(candidate) / unit
-        better = objective < lowest
-        best, lowest = jnp.where(better, candidate, best), jnp.where(better, objective, lowest)
-    return jnp.where(jnp.isfinite(x), jnp.sign(x) * best, x)

@@ -80,6 +80,31 @@ def test_thresholds_are_exact(name):
     np.testing.assert_array_equal(penalty.prox(jnp.float32([1.0, 0.9999]), 1.0), 0)
 
 
+EDGES: dict[str, tuple[jr.Penalty, float, list[float]]] = {
+    "MCP": (jr.MCP(1.0, knot=1.5), 0.5, [0.5, 1.5]),
+    "MCP-concave": (jr.MCP(1.0, knot=0.5), 2.0, [1.0]),
+    "SCAD": (jr.SCAD(1.0, threshold=1.0), 0.5, [0.5, 1.5, 3.7]),
+    "SCAD-concave": (jr.SCAD(1.0, threshold=0.5, a=2.0), 1.0, [1.25]),
+    "SCAD-jump": (jr.SCAD(1.0, threshold=0.5, a=2.0), 3.0, [2.1213203]),
+    "CappedL1": (jr.CappedL1(1.0, cap=1.5), 0.5, [0.5, 1.75]),
+    "CappedL1-jump": (jr.CappedL1(1.0, cap=0.5), 2.0, [1.4142135]),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_next_to_an_edge_of_a_nonconvex_penalty_no_digits_are_lost(name):
+    """Comparing objectives cannot tell what lies √ε apart."""
+    penalty, step, edges = EDGES[name]
+    away = np.float32([-3e-4, -1e-5, -1e-6, 1e-6, 1e-5, 3e-4])
+    x = np.concatenate([np.float32(edge) * (1 + away) for edge in edges])
+    knots = np.float32([1.0, 1.5, 3.7])
+    beside = np.concatenate([knots, np.nextafter(knots, 9), knots * np.float32(1.0001)])
+    np.testing.assert_array_equal(penalty.prox(jnp.asarray(beside), 0.0), beside)
+    with jax.enable_x64():
+        exact = penalty.prox(jnp.asarray(x, jnp.float64), step)
+    np.testing.assert_allclose(penalty.prox(jnp.asarray(x), step), exact, rtol=1e-6, atol=3e-7)
+
+
 @pytest.mark.parametrize(
     "penalty",
     [
