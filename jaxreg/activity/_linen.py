@@ -172,7 +172,8 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
     A bound module is a copy made for one forward pass.
     """
     watched: Any = vars(module).get("sow")
-    if watched is not None and watched.run is run:
+    # This pass's already, or a field of the user's.
+    if watched is not None and getattr(watched, "run", run) is run:
         yield
         return
 

@@ -244,7 +244,11 @@ class L1Inf(Grouped):
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         axes = vector_axes(self, x.ndim)
         size = jnp.abs(x)
-        lost = over_threshold(size, axes, of_rank(x.ndim, step * self.strength))
+        # Where it is this large all of the group is gone, and the sum of as many would overflow.
+        entries = max(math.prod(x.shape[axis] for axis in axes), 1)
+        most = float(jnp.finfo(x.dtype).max) / (4 * entries)  # type: ignore[no-untyped-call]
+        total = jnp.minimum(of_rank(x.ndim, step * self.strength), most)
+        lost = over_threshold(size, axes, total)
         left = jnp.where((lost >= size) & (lost > 0), 0, x - jnp.sign(x) * lost)
         return jnp.where(jnp.isinf(x), x, left)
 

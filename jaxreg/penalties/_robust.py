@@ -152,7 +152,9 @@ class RangeHinge(Separable):
         excess, scale = self._excess(x), step * self.strength
         if self.power == 1:
             return x - jnp.clip(excess, -scale, scale)
-        return jnp.where(jnp.isinf(excess), x, x - 2 * scale / (1 + 2 * scale) * excess)
+        # Where it is this large all of the excess is gone, and more would overflow.
+        pull = jnp.minimum(2 * scale, 1e30)
+        return jnp.where(jnp.isinf(excess), x, x - pull / (1 + pull) * excess)
 
     def _excess(self, x: jax.Array) -> jax.Array:
         """Return how far each entry is above the range, or, negative, below it."""

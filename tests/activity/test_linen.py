@@ -212,6 +212,24 @@ def test_outputs_that_flax_captures_are_no_values_that_the_model_sows():
     chex.assert_trees_all_equal(terms.as_dict(), forward(VARIABLES, X)[1].as_dict())
 
 
+class HasFieldSow(nn.Module):
+    sow: bool = True  # type: ignore[assignment]
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(3, name="dense")(x)
+        return jr.sow(self, "code", y, None) if self.sow is True else x
+
+
+def test_a_field_of_the_name_of_flaxs_sow():
+    x = jnp.ones((2, 3))
+    variables = HasFieldSow().init(jax.random.key(0), x)
+    y, terms = jr.activity({"code": jr.L2(1.0), "dense": jr.L2(1.0)})(HasFieldSow().apply)(
+        variables, x
+    )
+    np.testing.assert_allclose(terms.total, jnp.sum(y**2), rtol=1e-6)
+
+
 def test_a_value_that_another_module_sows_is_an_error():
     class Model(nn.Module):
         @nn.compact

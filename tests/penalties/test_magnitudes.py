@@ -80,7 +80,16 @@ def test_thresholds_are_exact(name):
     np.testing.assert_array_equal(penalty.prox(jnp.float32([1.0, 0.9999]), 1.0), 0)
 
 
-EDGES: dict[str, tuple[jr.Penalty, float, list[float]]] = {
+@pytest.mark.parametrize("step", [3e38, np.inf])
+def test_steps_of_any_length_reach_what_they_lead_to(step):
+    x = jnp.array([3.0, -2.0, 0.5])
+    np.testing.assert_array_equal(jr.L1Inf(1.0, axis=0).prox(x, step), 0)
+    np.testing.assert_array_equal(jr.L2To(1.0, reference=x[::-1]).prox(x, step), x[::-1])
+    inside = jr.RangeHinge(1.0, lower=-1.0, upper=1.0, power=2).prox(x, step)
+    np.testing.assert_array_equal(inside, [1.0, -1.0, 0.5])
+
+
+EDGES: dict[str, tuple[Any, float, list[float]]] = {
     "MCP": (jr.MCP(1.0, knot=1.5), 0.5, [0.5, 1.5]),
     "MCP-concave": (jr.MCP(1.0, knot=0.5), 2.0, [1.0]),
     "SCAD": (jr.SCAD(1.0, threshold=1.0), 0.5, [0.5, 1.5, 3.7]),
@@ -95,10 +104,10 @@ EDGES: dict[str, tuple[jr.Penalty, float, list[float]]] = {
 def test_next_to_an_edge_of_a_nonconvex_penalty_no_digits_are_lost(name):
     """Comparing objectives cannot tell what lies √ε apart."""
     penalty, step, edges = EDGES[name]
-    away = np.float32([-3e-4, -1e-5, -1e-6, 1e-6, 1e-5, 3e-4])
-    x = np.concatenate([np.float32(edge) * (1 + away) for edge in edges])
-    knots = np.float32([1.0, 1.5, 3.7])
-    beside = np.concatenate([knots, np.nextafter(knots, 9), knots * np.float32(1.0001)])
+    away = np.array([-3e-4, -1e-5, -1e-6, 1e-6, 1e-5, 3e-4])
+    x = np.concatenate([edge * (1 + away) for edge in edges]).astype(np.float32)
+    knots = np.array([1.0, 1.5, 3.7], np.float32)
+    beside = np.concatenate([knots, np.nextafter(knots, np.float32(9)), knots * 1.0001])
     np.testing.assert_array_equal(penalty.prox(jnp.asarray(beside), 0.0), beside)
     with jax.enable_x64():
         exact = penalty.prox(jnp.asarray(x, jnp.float64), step)

@@ -169,6 +169,22 @@ def test_what_needs_the_whole_array_on_each_device(penalty, shape, axes):
     assert_all_close(compiled((x,))[0], expected, rtol=2e-5)
 
 
+@pytest.mark.parametrize("axes", [("data",), (None, "data")], ids=["within", "between"])
+def test_proximal_operators_by_a_threshold_exchange_sums_of_groups(axes):
+    x = put(matrix((64, 48)), *axes)
+    compiled = jax.jit(lambda x: [PROXES[name].prox(x, 0.5) for name in THRESHOLDS]).lower(x)
+    exchanged = exchanges(compiled.compile())
+    assert all(kind == "all-reduce" and entries <= 48 for kind, entries in exchanged), exchanged
+
+
+@pytest.mark.parametrize("name", ["SparseTopK", "top_k"])
+def test_on_devices_of_a_cpu_a_selection_gathers_what_it_is_of(name):
+    # docs/scale.md says so. Should one no longer gather, then there, too.
+    select = PROXES[name].project if name in PROXES else SELECTIONS[name]
+    compiled = jax.jit(select).lower(put(matrix((64, 48)), "data")).compile()
+    assert Exchange("all-gather", 64 * 48) in exchanges(compiled)
+
+
 EXPLICIT: dict[str, Any] = {
     "SoftOrthogonal": jr.SoftOrthogonal(0.5),
     "Nuclear": jr.Nuclear(0.5),
@@ -230,6 +246,7 @@ PROXES: dict[str, Any] = {
     "SpectralBall": jr.SpectralBall(3.0),
     "MaxNorm": jr.MaxNorm(0.5),
 }
+THRESHOLDS = ("L1Inf", "ExclusiveLasso", "Simplex", "L1Ball")
 SELECTIONS: dict[str, Any] = {
     "top_k": partial(jr.gates.top_k, k=2),
     "top_k-rows": partial(jr.gates.top_k, k=2, axis=0),
