@@ -471,3 +471,40 @@ def test_contractive_of_half_precision_under_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         value = functional.contractive(jnp.tanh, x, kernel)
     np.testing.assert_allclose(value, functional.contractive(jnp.tanh, jnp.ones((2, 3)), kernel))
+
+
+def test_jacobian_estimate_of_half_precision_has_unit_vectors():
+    x = jnp.ones((2, 4096), jnp.bfloat16)
+    for seed in range(4):
+        estimate = jr.functional.jacobian_norm(lambda x: x, x, key=jax.random.key(seed))
+        assert estimate.dtype == jnp.float32
+        np.testing.assert_allclose(estimate, 4096, rtol=3e-4)
+
+
+def test_samples_must_be_an_integer():
+    with pytest.raises(TypeError, match="integer"):
+        jr.functional.jacobian_norm(jnp.sin, X, key=KEY, samples=2.5)  # type: ignore[arg-type]
+
+
+def test_interpolate_names_what_is_not_floating():
+    with pytest.raises(TypeError, match='got dtype int32 for "fake"'):
+        jr.functional.interpolate(jax.random.key(0), jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32))
+
+
+def test_contractive_takes_no_integer_bias():
+    with pytest.raises(TypeError, match='got dtype int32 for "bias"'):
+        jr.functional.contractive(
+            jnp.tanh, jnp.ones((4, 3)), jnp.ones((3, 2)), jnp.ones(2, jnp.int32)
+        )
+
+
+def test_contractive_takes_a_kernel_of_two_axes():
+    with pytest.raises(ValueError, match="takes x"):
+        jr.functional.contractive(jnp.tanh, jnp.ones((4, 3)), jnp.ones(3), jnp.float32(0))
+
+
+def test_target_of_another_dtype_does_not_widen_the_penalty():
+    with jax.enable_x64():
+        x = jnp.ones((2, 3), jnp.float32)
+        value = jr.functional.gradient_penalty(lambda x: x.sum(1), x, target=np.float64(1))
+    assert value.dtype == jnp.float32

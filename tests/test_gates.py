@@ -413,3 +413,8 @@ def test_the_kernel_is_open_at_its_ends(function):
 def test_a_threshold_that_is_nan_makes_its_gate_nan(function):
     out = function(jnp.ones(2), jnp.array([jnp.nan, 0.5]), bandwidth=0.1)
     np.testing.assert_array_equal(out, [jnp.nan, 1])
+
+
+def test_k_out_of_range_names_its_function():
+    with pytest.raises(ValueError, match=r"`jaxreg\.gates\.top_k\(k=\.\.\.\)`"):
+        jr.gates.top_k(jnp.ones(3), 4)

@@ -453,3 +453,38 @@ def test_an_mlp_has_layers():
     for features in ((), (4,), 5):
         with pytest.raises(ValueError, match="the input and of at least one layer"):
             jr.nnx.MLP(features, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias", "activity"])
+def test_which_regularizer_is_no_penalty_is_said(name):
+    given: dict[str, Any] = {f"{name}_regularizer": 0.1}
+    with pytest.raises(TypeError, match=rf"linen\.Dense\({name}_regularizer=\.\.\.\)"):
+        jr.linen.Dense(2, **given).init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.raises(TypeError, match=rf"nnx\.Dense\({name}_regularizer=\.\.\.\)"):
+        jr.nnx.Dense(3, 2, rngs=nnx.Rngs(0), **given)
+
+
+def test_a_renamed_parameter_is_an_error():
+    def rename(**names):
+        return lambda tree: {
+            kind: {names[name]: leaf for name, leaf in params.items()}
+            for kind, params in tree.items()
+        }
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = nn.map_variables(
+                jr.linen.Dense,
+                "params",
+                rename(w="kernel"),
+                rename(kernel="w"),
+                init=self.is_initializing(),
+            )
+            return lifted(2, use_bias=False, kernel_regularizer=jr.L2(1.0), name="layer")(x)
+
+    x = jnp.ones((1, 3))
+    variables = Model().init(jax.random.key(0), x)
+    assert list(variables["params"]["layer"]) == ["w"]
+    with pytest.raises(ValueError, match='finds no parameter "layer/kernel" to penalize'):
+        jr.activity({})(Model().apply)(variables, x)

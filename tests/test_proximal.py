@@ -616,3 +616,30 @@ def test_proximal_adam_has_a_step_for_each_group_of_a_matrix(build, groups):
         # After one update the corrected moments are the gradient and its square.
         step = 0.1 / (np.sqrt(np.mean(g**2, axis=groups, keepdims=True)) + 1e-3)
         np.testing.assert_allclose(found, penalty.prox(w - step * g, step), rtol=1e-6)
+
+
+def test_fista_does_not_restart_where_it_stands_still():
+    params = {"kernel": jnp.zeros(2)}
+    tx = jr.fista(0.1, jr.kernel(jr.L1(1.0)))
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    np.testing.assert_allclose(state.inertia, 2.1935, rtol=1e-4)
+
+
+def test_fista_does_not_restart_at_an_equal_value():
+    params = {"kernel": jnp.zeros(2)}
+    tx = jr.fista(0.1, jr.kernel(jr.L1(1.0)), restart="value")
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params, value=1.0)
+    np.testing.assert_allclose(state.inertia, 2.1935, rtol=1e-4)
+
+
+def test_the_state_of_fista_has_the_value_it_was_given():
+    params = {"kernel": jnp.zeros(2)}
+    tx = jr.fista(0.1, jr.kernel(jr.L1(1.0)))
+    _, state = tx.update(params, tx.init(params), params, value=3.0)
+    assert state.value == 3
+    _, state = tx.update(params, state, params)
+    assert state.value == 3

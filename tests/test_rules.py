@@ -161,3 +161,10 @@ def test_rules_are_a_pytree_of_their_values():
     doubled = jax.tree.map(lambda s: 2 * s, rules)
     assert doubled.patterns == rules.patterns
     assert doubled.values == (jr.L1(1.0), None, jr.L1L2(2.0, 4.0))
+
+
+def test_the_three_nearest_paths_are_named():
+    params = {name: jnp.ones(2) for name in ("kernel1", "kernel2", "kernel3", "other")}
+    nearest = r'Nearest: ("kernel\d", ){2}"kernel\d"\. '
+    with pytest.raises(ValueError, match=nearest):
+        jr.kernel({"kernel": jr.L1(1.0)})(params)

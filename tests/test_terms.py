@@ -5,6 +5,7 @@ import itertools
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -476,3 +477,18 @@ def test_batch_axes_counted_from_the_end_may_be_the_leading_one(penalty):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
     terms = [jr.Terms({"h": (measure(part, penalty, "sum"),)}) for part in (x[:1], x[1:])]
     np.testing.assert_allclose(jr.combine(terms).total, penalty(x), rtol=1e-5)
+
+
+def test_float64_counts_are_exact():
+    with jax.enable_x64():
+        x = jnp.ones((2**24 + 1, 1))
+        assert jr.penalize(x, jr.L1(1.0)) == 1
+
+
+@pytest.mark.parametrize("penalty", [jr.Decorrelation(1.0), jr.VarianceHinge(1.0)], ids=str)
+def test_a_microbatch_without_examples_adds_nothing(penalty):
+    x = jnp.arange(12.0).reshape(4, 3) ** 2
+    mask = jnp.array([[True] * 4, [False] * 4])
+    parts = [jr.activity({".": penalty}, mask=m)(nn.Sequential([lambda x: x]).apply) for m in mask]
+    terms = jr.combine([part({}, x)[1] for part in parts])
+    np.testing.assert_allclose(terms.total, penalty(x), rtol=1e-5)

@@ -617,3 +617,23 @@ def test_a_count_does_not_wrap_around():
     last = tx.init(jnp.ones(1))._replace(count=jnp.int32(2**31 - 1))
     _, state = tx.update(jnp.zeros(1), last, jnp.ones(1))
     assert state.count == 2**31 - 1
+
+
+def test_the_record_of_float32_leaves_is_float32_in_x64():
+    with jax.enable_x64():
+        params = {"kernel": jnp.ones(3, jnp.float32)}
+        tx = jr.record_penalty(jr.kernel(jr.L2(1.0)))
+        _, state = tx.update(params, tx.init(params), params)
+        assert state.total.dtype == jr.kernel(jr.L2(1.0))(params).dtype == jnp.float32
+
+
+def test_record_penalty_takes_no_bare_penalty():
+    with pytest.raises(TypeError, match=r"`jaxreg\.record_penalty` takes a `jaxreg\.kernel"):
+        jr.record_penalty(jr.L1(1.0))  # type: ignore[arg-type]
+
+
+def test_the_count_of_a_record_does_not_wrap_around():
+    params, last = {"kernel": jnp.ones(2)}, jnp.int32(2**31 - 1)
+    tx = jr.record_penalty(jr.kernel(jr.L2(1.0)))
+    _, state = tx.update(params, tx.init(params)._replace(count=last), params)
+    assert state.count == last

@@ -208,5 +208,5 @@ def _mean_log(logits: jax.Array, offset: float) -> jax.Array:
     """Return Σ p (log p + offset) for p the softmax along the last axis, which is kept."""
     logs = jax.nn.log_softmax(logits, axis=-1)
     # 0 · log 0 is 0; but where all logits are -inf, the probabilities are NaN and stay so.
-    finite = jnp.where(logits == -jnp.inf, 0, logs + offset)
+    finite = jnp.where(logs == -jnp.inf, 0, logs + offset)
     return jnp.sum(jax.nn.softmax(logits, axis=-1) * finite, axis=-1, keepdims=True)

@@ -298,3 +298,18 @@ def test_activities_with_masks_of_their_own():
         inside.total, jr.penalize(parts.one(jnp.asarray(X)), PENALTY, mask=first), rtol=1e-6
     )
     np.testing.assert_allclose(outside.total, jr.penalize(y, PENALTY, mask=second), rtol=1e-6)
+
+
+def test_the_forward_pass_keeps_its_name():
+    def forward(x):
+        """Say what it does."""
+        return x
+
+    wrapped = jr.activity({})(forward)
+    assert (wrapped.__name__, wrapped.__doc__) == ("forward", "Say what it does.")
+
+
+def test_an_nnx_layer_of_its_own_inside_another_activity_has_its_parameters():
+    layer = jr.nnx.Dense(3, 2, kernel_regularizer=jr.L2(1.0), rngs=nnx.Rngs(0))
+    (_, inner), outer = jr.activity({})(lambda x: jr.activity({})(layer)(x))(jnp.ones((1, 3)))
+    assert (list(inner), list(outer)) == (["kernel"], [])

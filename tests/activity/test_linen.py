@@ -809,3 +809,12 @@ def test_what_is_no_penalty_is_an_error(run):
 def test_a_module_in_place_of_its_apply_is_an_error():
     with pytest.raises(TypeError, match="of a Linen module is its `apply`; got a Dense itself"):
         jr.activity({})(nn.Dense(3))
+
+
+def test_an_unbound_module_has_no_path():
+    class Twice(nn.Module):
+        def __call__(self, x):
+            return 2 * x
+
+    out, terms = jr.activity({})(lambda x: Twice()(x))(jnp.ones(2))
+    assert (out.tolist(), list(terms)) == ([2, 2], [])

@@ -371,3 +371,10 @@ def test_a_cell_of_an_rnn_has_an_axis_for_its_terms():
     y, terms = jr.activity({"cell": jr.L2(0.5)}, reduction="sum")(model)(jnp.ones((2, 5, 3)))
     # The cell puts out its carry and the same as its output.
     np.testing.assert_allclose(terms["cell"], 2 * 0.5 * jnp.sum(y**2), rtol=1e-5)
+
+
+def test_a_penalized_parameter_of_linen_inside_of_nnx_is_an_error():
+    x, dense = jnp.ones((1, 3)), jr.linen.Dense(2, kernel_regularizer=jr.L2(1.0))
+    model = nnx.bridge.lazy_init(nnx.bridge.ToNNX(dense, rngs=nnx.Rngs(0)), x)
+    with pytest.raises(ValueError, match='has no parameters to measure "kernel" by'):
+        jr.activity({})(model)(x)

@@ -134,3 +134,53 @@ def test_what_is_made_of_an_activations_numbers_is_a_number_under_jit():
 def test_an_activation_that_looks_around_is_refused(function):
     with pytest.raises(NotElementwise, match=r"it takes|it holds"):
         elementwise(function)
+
+
+class Sums(jr.Penalty):
+    strength: Any
+    axes: Any = jr.penalties.static(default=None)
+    ones: Any = jr.penalties.static(default=jnp.ones_like)
+
+    def moments(self, x, where=None):
+        return jnp.sum(jnp.square(x), axis=self.axes), jnp.sum(self.ones(x))
+
+
+class Against(jr.Penalty):
+    strength: Any
+    factors: Any = jr.penalties.array()
+
+    def moments(self, x, where=None):
+        return jnp.sum(x * jnp.broadcast_to(self.factors, x.shape))
+
+
+def test_axes_of_a_sum_may_be_in_any_order():
+    assert epilogue(Sums(1.0, (1, 0)), (8, 4)).sums[0][1] == "all"
+
+
+@pytest.mark.parametrize("function", [lambda z: z - jnp.mean(z), lambda z: z + 0 * jnp.sum(z)])
+def test_an_activation_that_sums_is_refused(function):
+    with pytest.raises(NotElementwise, match="it is not a function of single entries"):
+        elementwise(function)
+
+
+def test_only_one_number_for_each_feature_is_a_column():
+    with pytest.raises(NotElementwise, match="it holds an array"):
+        gradient(Sums(1.0, -1), (8, 8), (jnp.arange(8.0), jnp.float32(0)))
+    with pytest.raises(NotElementwise, match="it holds an array"):
+        gradient(Against(1.0, jnp.ones((2, 8))), (3, 2, 8), jnp.float32(1))
+
+
+def test_a_constant_times_an_array_is_refused():
+    penalty = Sums(1.0, ones=lambda x: jnp.ones_like(x) * jnp.arange(4.0))
+    with pytest.raises(NotElementwise, match=r"it takes mul of an array that is constant"):
+        epilogue(penalty, (8, 4))
+
+
+def test_derivatives_add_up_by_the_sum_that_kernels_know():
+    def names(node):
+        operands = getattr(node, "operands", ())
+        return {str(getattr(node, "primitive", ""))}.union(*map(names, operands))
+
+    found = names(gradient(jr.SCAD(0.1, threshold=0.5), (8, 4), jnp.float32(1)).node)
+    assert "add" in found
+    assert "add_any" not in found

@@ -401,3 +401,24 @@ def test_the_gradient_of_log_cosh_does_not_overflow():
 )
 def test_settings_at_the_ends_of_their_ranges_are_taken(build):
     build()
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        jr.SparseGroupLasso(1.0, alpha=np.float64(0.5)),
+        jr.KLTo(1.0, reference=np.ones((3, 2)), temperature=np.float64(2)),
+        jr.VarianceHinge(1.0, target=np.float64(1), epsilon=np.float64(1e-4)),
+    ],
+    ids=lambda penalty: type(penalty).__name__,
+)
+def test_settings_of_float64_do_not_widen_a_value(penalty):
+    with jax.enable_x64():
+        wide = jax.tree.map(lambda setting: jnp.asarray(setting, jnp.float64), penalty)
+        for settings in (penalty, wide):
+            assert settings(jnp.ones((3, 2), jnp.float32)).dtype == jnp.float32
+
+
+def test_scad_takes_no_infinite_a():
+    with pytest.raises(ValueError, match=r"SCAD\(a=\.\.\.\)` must be a finite scalar above 1"):
+        jr.SCAD(1.0, threshold=1.0, a=np.inf)

@@ -196,3 +196,21 @@ def test_huber_shrinks_by_as_long_a_step_as_an_entry_without_a_gradient_has_in_a
 
 def test_hard_thresholding_is_zero_at_the_threshold_itself():
     assert jr.MCP(1.0, knot=1.0).prox(2.0, 4.0) == 0
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.MCP(1.0, knot=1.0), jr.SCAD(1.0, threshold=1.0), jr.CappedL1(1.0, cap=1.0)],
+    ids=lambda penalty: type(penalty).__name__,
+)
+def test_tiny_entries_are_shrunk_and_not_set_to_zero(penalty):
+    np.testing.assert_allclose(penalty.prox(jnp.float32(1e-25), 1e-26), 0.9e-25, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "value"), [(jr.Entropy(1.0), 0), (jr.ConfidencePenalty(1.0), np.log(2))]
+)
+def test_logits_whose_difference_overflows_are_certain(penalty, value):
+    logits = jnp.array([[3e38, -3e38]])
+    np.testing.assert_allclose(penalty(logits), value, rtol=1e-6)
+    np.testing.assert_array_equal(penalty.gradient(logits), 0)

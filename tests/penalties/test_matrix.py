@@ -357,3 +357,13 @@ def test_the_leading_vector_of_an_empty_kernel(shape):
     for vector in (None, jnp.ones(shape[-1])):
         found = jr.SpectralNorm(1.0, vector=vector).leading_vector(jnp.zeros(shape))
         assert found.shape == (1, shape[-1])
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 3), (3, 4)])
+def test_second_derivatives_of_the_spectral_norm(shape):
+    rng, penalty = np.random.default_rng(0), jr.SpectralNorm(1.0)
+    with jax.enable_x64():
+        x, along = (jnp.asarray(rng.normal(size=shape)) for _ in range(2))
+        _, curvature = jax.jvp(penalty.gradient, (x,), (along,))
+        ahead, behind = (penalty.gradient(x + h * along) for h in (1e-6, -1e-6))
+        np.testing.assert_allclose(curvature, (ahead - behind) / 2e-6, atol=1e-8)

@@ -320,3 +320,9 @@ def test_derivatives_of_the_log_sum_prox_are_finite_where_it_is_zero():
     prox = jr.LogSum(1.0, epsilon=0.1).prox
     slope, by_step = jax.grad(prox, (0, 1))(0.5, 5.0)
     assert (slope, by_step) == (0, 0)
+
+
+def test_a_step_for_each_group_promotes_no_rank():
+    x, step = jnp.array([[3.0, 0.25], [-1.0, 0.5]]), jnp.array([1.0, 0.25])
+    with jax.numpy_rank_promotion("raise"):
+        np.testing.assert_allclose(jr.L1Inf(1.0).prox(x, step), [[2.0, 0.25], [-1.0, 0.25]])

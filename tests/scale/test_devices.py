@@ -357,3 +357,13 @@ def test_penalties_add_sums_to_a_step_and_no_more(batch, encoder, decoder, train
 
 def total(found):
     return sum(entries * times for (_, entries), times in found.items())
+
+
+def test_leaves_of_one_shape_on_a_mesh_of_explicit_axes_may_be_split_in_different_ways():
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh, spec = jax.make_mesh((4, 2), ("a", "b"), axis_types=explicit), jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+        params = {
+            name: {"kernel": jax.device_put(jnp.ones((8, 8)), spec(name))} for name in ("a", "b")
+        }
+        assert jr.kernel(jr.L2(1.0))(params) == 128

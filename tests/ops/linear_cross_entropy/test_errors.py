@@ -123,3 +123,10 @@ def test_the_reference_takes_no_words_that_types_split():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     with pytest.raises(NotImplementedError, match="whole vocabularies"):
         call(weight=jax.device_put(jnp.asarray(WEIGHT), sharding), implementation="reference")
+
+
+def test_an_infinite_soft_cap_is_an_error():
+    with pytest.raises(ValueError, match=r"soft_cap=\.\.\.\)` must be positive; got inf"):
+        jr.ops.linear_cross_entropy(
+            jnp.ones((2, 3)), jnp.ones((3, 5)), jnp.zeros(2, int), soft_cap=np.inf
+        )

@@ -268,3 +268,21 @@ def test_labels_out_of_range_on_any_device_make_nan():
         labels = LABELS.copy()
         labels[-1, -1] = wrong
         assert np.isnan(function(*ARRAYS[:3], labels).total)
+
+
+def test_the_type_of_the_labels_alone_is_enough_outside_of_a_mesh():
+    explicit = (AxisType.Explicit,)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=explicit)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    labels = jax.device_put(jnp.zeros(8, jnp.int32), sharding)
+    loss = jax.jit(lambda *arrays: jr.ops.linear_cross_entropy(*arrays).loss)
+    np.testing.assert_allclose(loss(jnp.ones((8, 3)), jnp.ones((3, 5)), labels), np.log(5))
+
+
+def test_explicit_axes_without_a_bias():
+    explicit = (AxisType.Explicit,)
+    mesh = jax.make_mesh((4,), ("words",), axis_types=explicit)
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(jnp.ones((3, 8)), jax.sharding.PartitionSpec(None, "words"))
+        loss = jr.ops.linear_cross_entropy(jnp.ones((2, 3)), weight, jnp.zeros(2, int)).loss
+        np.testing.assert_allclose(loss, np.log(8), rtol=1e-6)

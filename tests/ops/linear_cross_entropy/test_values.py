@@ -421,3 +421,18 @@ def test_infinite_inputs_propagate():
     p = problem()
     hidden = jnp.asarray(p.hidden).at[3, 0].set(jnp.inf)
     assert not np.isfinite(op(hidden, p.weight, p.labels).total)
+
+
+def test_an_ignored_token_of_infinite_logits_leaves_the_z_loss_finite():
+    hidden = jnp.array([[1.0, 2.0], [jnp.inf, jnp.inf]])
+    weight, labels = -jnp.ones((2, 5)), jnp.array([3, -100])
+    result = jr.ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.1)
+    alone = jr.ops.linear_cross_entropy(hidden[:1], weight, labels[:1], z_loss=0.1)
+    np.testing.assert_allclose(result.z_loss, alone.z_loss, rtol=1e-6)
+
+
+def test_no_tokens_in_float16():
+    hidden, weight = jnp.ones((0, 3), jnp.float16), jnp.ones((3, 5), jnp.float16)
+    labels = jnp.zeros(0, jnp.int32)
+    gradient = jax.grad(lambda w: jr.ops.linear_cross_entropy(hidden, w, labels).total)(weight)
+    np.testing.assert_array_equal(gradient, np.zeros((3, 5)))
