@@ -99,7 +99,7 @@ class LogSum(Separable):
         square = jnp.square(size + epsilon) - 4 * scale
         # Without a root the objective increases from 0 on.
         root = jnp.sqrt(jnp.where(square > 0, square, 1))
-        shrunk = jnp.maximum(size - 2 * scale / (size + epsilon + root), 0)
+        shrunk = size - 2 * scale / (size + epsilon + root)
         # The objective there less that at 0, over |x|: next to that at 0 the difference would have
         # no digits, and far from 1 the squares would overflow or vanish.
         unit = jnp.where(size == 0, 1, size)
