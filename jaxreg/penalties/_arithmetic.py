@@ -27,6 +27,13 @@ def of_rank(ndim: int, array: jax.Array) -> jax.Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
+def shrunk(x: jax.Array, pull: jax.Array) -> jax.Array:
+    """Return x / (1 + pull), for a pull from 0 on."""
+    # 1 + pull would round a small pull, and all entries' alike: that adds up over many steps.
+    near = x - x * (pull / (1 + pull))
+    return jnp.where((pull < 1) & jnp.isfinite(x), near, x / (1 + pull))
+
+
 def count_examples(x: jax.Array, where: jax.Array | None) -> jax.Array:
     """Return how many examples, along all axes but the last, `where` lets count."""
     if where is None:

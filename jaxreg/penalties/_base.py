@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._arithmetic import divide, real_dtype, wide
+from ._arithmetic import divide, real_dtype, shrunk, wide
 from ._checks import NON_NEGATIVE, check_step, require
 from ._explicit import on_any_mesh
 from ._fields import array, held, positive, register, setting, static
@@ -325,7 +325,7 @@ class Sum(Penalty):
                 " a GroupLasso together are a `jaxreg.SparseGroupLasso`."
             )
         curvature = sum(2 * step * getattr(term, "strength") for term in squares)
-        z: jax.Array = x / (1 + curvature)
+        z = shrunk(x, curvature)
         step = step / (1 + curvature)
         for term in [*others, *lasso]:
             z = term._prox(z, step)

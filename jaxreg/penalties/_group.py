@@ -123,7 +123,9 @@ class GroupLasso(Grouped):
         threshold = step * self.strength * self._weight(group_size(x, axes, None))
         # Compared this way round, so that a NaN is not below the threshold and stays a NaN.
         zero = (norm <= threshold) & (threshold > 0)
-        return jnp.where(zero, 0, x * (1 - threshold / jnp.where(zero | (norm == 0), 1, norm)))
+        share = threshold / jnp.where(zero | (norm == 0), 1, norm)
+        # 1 less a small share would be rounded, and for all entries alike.
+        return jnp.where(zero, 0, jnp.where(jnp.isfinite(x), x - x * share, x))
 
     def _weight(self, size: jax.Array) -> jax.Array:
         return jnp.sqrt(size) if self.weighted else jnp.ones_like(size)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import modulus
+from ._arithmetic import modulus, shrunk
 from ._checks import require_choice, require_order
 from ._fields import positive, setting, static
 from ._separable import Separable
@@ -56,7 +56,7 @@ class Huber(Separable):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, delta = step * self.strength, jnp.asarray(self.delta, x.dtype)
-        near = x / (1 + scale)
+        near = shrunk(x, scale)
         return jnp.where(jnp.abs(near) <= delta, near, x - scale * delta * jnp.sign(x))
 
 

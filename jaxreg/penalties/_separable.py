@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import divide, modulus, squared_modulus
+from ._arithmetic import divide, modulus, shrunk, squared_modulus
 from ._base import Penalty
 
 
@@ -128,7 +128,7 @@ class L2(Separable):
         return squared_modulus(x)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return x / (1 + 2 * step * self.strength)
+        return shrunk(x, 2 * step * self.strength)
 
 
 class L1L2(Penalty):
@@ -176,7 +176,7 @@ class L1L2(Penalty):
         return divide(l1 * absolute + l2 * square, count)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return soft_threshold(x, step * self.l1) / (1 + 2 * step * self.l2)
+        return shrunk(soft_threshold(x, step * self.l1), 2 * step * self.l2)
 
 
 def soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:

@@ -89,6 +89,26 @@ def test_steps_of_any_length_reach_what_they_lead_to(step):
     np.testing.assert_array_equal(inside, [1.0, -1.0, 0.5])
 
 
+MANY = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, 50_000), jnp.float32)
+NORM = float(jnp.linalg.norm(MANY))
+SMALL_STEPS: dict[str, tuple[Any, float]] = {
+    "L2": (jr.L2(1.0), 3e-7),
+    "L1L2": (jr.L1L2(0.0, 1.0), 3e-7),
+    "L1 + L2": (jr.L1(0.0) + jr.L2(1.0), 3e-7),
+    "L2To": (jr.L2To(1.0, reference=jnp.zeros(())), 3e-7),
+    "Huber": (jr.Huber(2.0, delta=9.0), 3e-7),
+    "GroupLasso": (jr.GroupLasso(2.2 * NORM, axis=0, weighted=False), 3.3e-7),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_STEPS)
+def test_small_steps_add_up_to_the_penalty(name):
+    """Each is a few roundings of an entry, but of all entries alike: 1 + 3e-7 is 1 + 3.6e-7."""
+    penalty, share = SMALL_STEPS[name]
+    moved = MANY - penalty.prox(MANY, 1.5e-7)
+    np.testing.assert_allclose(np.mean(moved / MANY, dtype=float), share, rtol=0.05)
+
+
 EDGES: dict[str, tuple[Any, float, list[float]]] = {
     "MCP": (jr.MCP(1.0, knot=1.5), 0.5, [0.5, 1.5]),
     "MCP-concave": (jr.MCP(1.0, knot=0.5), 2.0, [1.0]),
