@@ -643,3 +643,37 @@ def test_the_state_of_fista_has_the_value_it_was_given():
     assert state.value == 3
     _, state = tx.update(params, state, params)
     assert state.value == 3
+
+
+def last_weights(tx, start, target):
+    """Return the weight in the last 15,000 of 20,000 updates on ½(w − target)²."""
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(w - target, state, w)
+        w = optax.apply_updates(w, updates)
+        return (w, state), w
+
+    w = jnp.float32(start)
+    return jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), length=20_000)[1][-15_000:])()
+
+
+@pytest.mark.parametrize(
+    ("momentum", "rate", "settles"), [(None, 0.5, True), (0.9, 0.035, True), (0.9, 0.045, False)]
+)
+def test_momentum_settles_with_a_concave_penalty_only_at_small_rates(momentum, rate, settles):
+    """(1 − μ)²·κ/s is 0.04."""
+    reg = jr.kernel({"**": jr.MCP(0.5, knot=2.0)})
+    weights = last_weights(jr.proximal_sgd(rate, reg, momentum=momentum), 0.7, 1.0)
+    assert bool(jnp.all(jnp.abs(weights - 2 / 3) < 1e-4)) == settles
+
+
+@pytest.mark.parametrize(("eps", "stays"), [(1e-8, False), (1e-2, True)])
+@pytest.mark.parametrize(
+    "penalty", [jr.L0(0.1), jr.MCP(0.5, knot=1.5), jr.CappedL1(0.5, cap=0.8)], ids=str
+)
+def test_proximal_adam_keeps_a_weight_without_gradient_only_for_a_large_epsilon(
+    penalty, eps, stays
+):
+    weights = last_weights(jr.proximal_adam(0.01, jr.kernel({"**": penalty}), eps=eps), 3.1, 3.0)
+    assert bool(jnp.all(jnp.abs(weights - 3) < 1e-3)) == stays
