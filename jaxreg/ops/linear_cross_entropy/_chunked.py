@@ -1,4 +1,4 @@
-"""Functions of logits that are never held at once, with the gradient computed in the forward pass.
+"""Cross-entropy of logits never held at once, with the gradient computed in the forward pass.
 
 A scan over chunks of tokens computes a chunk's logits, what is wanted of each token, and, where a
 derivative is wanted, that of one weighted sum of it all: the derivative by the logits is there only
@@ -15,7 +15,7 @@ under `shard_map` the transposition puts the sums over devices where they belong
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,51 +23,20 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from jaxreg.terms import AxisName, varying_as
+from jaxreg.terms import varying_as
 
+from ._cross_entropy import CrossEntropy
 from ._sharding import psum
 
 LOGITS = 2**27
 """How many logits a chunk holds at most if its size is not given: 512 MiB of float32."""
-
-Data = Any
-"""A pytree of arrays with a leading axis of tokens."""
-
-
-class Outcome(Protocol):
-    """What one chunk of logits gives."""
-
-    @property
-    def terms(self) -> tuple[jax.Array, ...]:
-        """What is summed: each (tokens,)."""
-
-    @property
-    def statistics(self) -> tuple[jax.Array, ...]:
-        """What is not: each (tokens,)."""
-
-    def gradient(self, coefficients: tuple[jax.Array, ...]) -> jax.Array:
-        """Return the derivative of Σ coefficient · term by the logits."""
-
-    def tangent(self, logits: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Return the tangents of terms and statistics, given that of the logits."""
-
-
-class OfLogits(Protocol):
-    """A function of each token's logits."""
-
-    @property
-    def vocab_axis_name(self) -> AxisName | None:
-        """The mesh axes that the words are split over."""
-
-    def __call__(self, logits: jax.Array, data: Data) -> Outcome:
-        """Return the terms and statistics of logits (tokens, words)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is static: what is wanted of the logits, and how they are computed."""
 
-    function: OfLogits
+    function: CrossEntropy
     chunk: int | None  # tokens
     words: int  # the axis of the weight that the vocabulary lies along
     dtype: DTypeLike  # of the factors of the matrix products
@@ -108,7 +77,7 @@ def of_logits(
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
-    data: Data,
+    labels: jax.Array,
     coefficients: tuple[jax.Array, ...] | None,
 ) -> tuple[jax.Array | None, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Return Σ coefficient · term, the terms, and the statistics.
@@ -118,11 +87,11 @@ def of_logits(
         hidden: (tokens, features).
         weight: (features, words) or (words, features).
         bias: (words,), or None.
-        data: what the function of logits takes besides them.
+        labels: (tokens,), negative where there is none.
         coefficients: an array (tokens,) for each term; or None where no sum is wanted, and the
             terms themselves are to be differentiated.
     """
-    terms, statistics, _ = _sweep(settings, hidden, weight, bias, data)
+    terms, statistics, _ = _sweep(settings, hidden, weight, bias, labels)
     return weighted(coefficients, terms), terms, statistics
 
 
@@ -142,20 +111,20 @@ def counted(coefficient: jax.Array, term: jax.Array) -> jax.Array:
 
 @functools.partial(of_logits.defjvp, symbolic_zeros=True)
 def _of_logits_jvp(settings: Settings, primals: Any, tangents: Any) -> Any:
-    hidden, weight, bias, data, coefficients = primals
+    hidden, weight, bias, labels, coefficients = primals
     *by_inputs, _, by_coefficients = tangents
     wanted = tuple(not isinstance(t, SymbolicZero | None) for t in by_inputs)
     if coefficients is None or not any(wanted):
-        terms, statistics, _ = _sweep(settings, hidden, weight, bias, data)
+        terms, statistics, _ = _sweep(settings, hidden, weight, bias, labels)
         gradients, scale = None, None
     else:
         scale = _scale(settings, coefficients)
         relative = tuple(c if scale is None else c / scale for c in coefficients)
         terms, statistics, gradients = _sweep(
-            settings, hidden, weight, bias, data, relative, wanted
+            settings, hidden, weight, bias, labels, relative, wanted
         )
     if any(wanted):
-        dots = _recompute(settings, hidden, weight, bias, data, by_inputs)
+        dots = _recompute(settings, hidden, weight, bias, labels, by_inputs)
     else:
         dots = jax.tree.map(jnp.zeros_like, (terms, statistics))
 
@@ -194,7 +163,7 @@ def _sweep(
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
-    data: Data,
+    labels: jax.Array,
     coefficients: tuple[jax.Array, ...] | None = None,
     wanted: tuple[bool, ...] = (False, False, False),
 ) -> tuple[Any, Any, tuple[jax.Array | None, ...]]:
@@ -207,9 +176,9 @@ def _sweep(
     )
 
     def body(sums: Any, chunk: Any) -> Any:
-        h, d, c = chunk
+        h, y, c = chunk
         h = h.astype(settings.dtype)
-        outcome = settings.function(_logits(settings, h, cast, bias), d)
+        outcome = settings.function(_logits(settings, h, cast, bias), y)
         values = outcome.terms, outcome.statistics
         if c is None:
             return sums, (values, None)
@@ -225,7 +194,7 @@ def _sweep(
             by_hidden = settings.by_hidden(narrow, cast).astype(settings.dtype)
         return (by_weight, by_bias), (values, by_hidden)
 
-    inputs = hidden, data, coefficients
+    inputs = hidden, labels, coefficients
     sums = varying_as(sums, (inputs, weight, bias))
     # Where the sweep is differentiated itself, for second derivatives, a chunk is computed again.
     (by_weight, by_bias), (values, by_hidden) = _scan(
@@ -246,7 +215,7 @@ def _recompute(
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
-    data: Data,
+    labels: jax.Array,
     tangents: Any,
 ) -> Any:
     """Return the tangents of terms and statistics, linear in those of the inputs.
@@ -263,11 +232,11 @@ def _recompute(
         weight_dot = weight_dot.astype(settings.gradient_dtype)
     # So that the transpose adds up over devices after the scan.
     hidden_dot, weight_dot, bias_dot = varying_as(
-        (hidden_dot, weight_dot, bias_dot), (hidden, weight, data)
+        (hidden_dot, weight_dot, bias_dot), (hidden, weight, labels)
     )
 
     def body(_: None, chunk: Any) -> Any:
-        h, h_dot, d = chunk
+        h, h_dot, y = chunk
         h = h.astype(settings.dtype)
         logits = _logits(settings, h, cast, bias)
         products = []
@@ -281,9 +250,9 @@ def _recompute(
         if bias_dot is not None:
             logits_dot += bias_dot[None]
         logits_dot = jnp.broadcast_to(logits_dot, logits.shape)
-        return None, settings.function(logits, d).tangent(logits_dot)
+        return None, settings.function(logits, y).tangent(logits_dot)
 
-    return _scan(body, None, (hidden, hidden_dot, data), settings.chunk_of(weight.shape))[1]
+    return _scan(body, None, (hidden, hidden_dot, labels), settings.chunk_of(weight.shape))[1]
 
 
 def _scan(body: Any, carry: Any, inputs: Any, chunk: int) -> Any:

@@ -23,8 +23,8 @@ class CrossEntropy:
     soft_cap: float | None
     vocab_axis_name: AxisName | None
 
-    def __call__(self, logits: jax.Array, data: jax.Array) -> "Outcome":
-        labels, name = data[:, None], self.vocab_axis_name
+    def __call__(self, logits: jax.Array, labels: jax.Array) -> "Outcome":
+        labels, name = labels[:, None], self.vocab_axis_name
         block = vocabulary = logits.shape[-1]
         largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         if name is not None:

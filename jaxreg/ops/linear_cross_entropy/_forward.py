@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """What is static: on one device, or on each of those that a mesh splits the arrays over."""
+    """The function of a `Problem`, on one device or on each of a mesh; its fields are static."""
 
     settings: Settings
     reduction: str
@@ -121,8 +121,7 @@ def on_mesh(forward: Forward, problem: Problem, on: Explicit) -> LinearCrossEntr
         weights=on.tokens,
         z_loss=PartitionSpec(),
     )
-    function: Any = forward.settings.function
-    function = dataclasses.replace(function, vocab_axis_name=on.words or None)
+    function = dataclasses.replace(forward.settings.function, vocab_axis_name=on.words or None)
     settings = dataclasses.replace(forward.settings, function=function)
     forward = dataclasses.replace(forward, settings=settings, batch_axis_name=on.token_axes or None)
     run = jax.shard_map(forward, mesh=on.mesh, in_specs=(specs,), out_specs=out)

@@ -5,18 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._chunked import weighted
+from ._chunked import Settings, weighted
 
 
 def of_logits(
-    settings: Any,
+    settings: Settings,
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
     labels: jax.Array,
     coefficients: tuple[jax.Array, jax.Array] | None,
 ) -> Any:
-    """Return what the function of the same name in `_chunked` returns, for cross-entropy."""
+    """Return what the function of the same name in `_chunked` returns."""
     logits = settings.product(
         hidden.astype(settings.dtype), weight.astype(settings.dtype), settings.wide
     )
