@@ -33,6 +33,7 @@ class Call:
     """A method call that is under way; the outermost one stands for the caller of the forward pass.
 
     Args:
+        module: the module whose method it is; None for the outermost one.
         lifts: how often each lifted transformation lies around it.
         is_call: whether the method is the module's `__call__`.
         trace: the JAX trace that it runs in.
@@ -44,11 +45,6 @@ class Call:
     is_call: bool = False
     trace: Any = dataclasses.field(default_factory=trace)
     measured: Measured = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, module: nn.Module, *, is_call: bool) -> "Call":
-        """Return the call of a bound module's method."""
-        return cls(module, _lifts(module), is_call)
 
     @property
     def branches(self) -> int:
@@ -77,7 +73,8 @@ class Calls:
         self._level = len(takers.get())
         self._stack = [Call()]
         self._branches = branches
-        self._grown = False
+        # Whether this run found measurements that other branches have to make room for.
+        self.learned_branches = False
         self._root: Any = None  # the scope of the model that the pass runs
         self._taken: list[Any] = []
         self._traced: Counter[frozenset[str]] = Counter()  # what `nn.jit` has traced, to come
@@ -106,7 +103,7 @@ class Calls:
     @contextmanager
     def entered(self, module: nn.Module, *, is_call: bool) -> Iterator[Call]:
         """Make a method call the innermost one."""
-        call = Call.of(module, is_call=is_call)
+        call = Call(module, _lifts(module), is_call)
         if module.scope is not None:
             self.runs(module.scope)
         self._stack.append(call)
@@ -122,31 +119,25 @@ class Calls:
 
     def calling(self, module: nn.Module) -> bool:
         """Return whether the module is inside its `__call__`, perhaps as the original of a copy."""
-        return any(
-            other is module or (lifted and type(other) is type(module))
-            for other, lifted in self._in_scope_of(module)
-        )
+        return any(self._are_itself(module))
 
     def share_scope(self, module: nn.Module) -> bool:
         """Return whether a module that shares its scope with this one is inside its `__call__`."""
-        return any(
-            other is not module and not (lifted and type(other) is type(module))
-            for other, lifted in self._in_scope_of(module)
-        )
+        return not all(self._are_itself(module))
 
-    def _in_scope_of(self, module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-        """Yield what is inside its `__call__` in the module's scope.
+    def _are_itself(self, module: nn.Module) -> Iterator[bool]:
+        """Yield, for each that is inside its `__call__` in the module's scope, whether it is this.
 
-        And whether lifted transformations lie between, in which scopes and modules are copies.
+        In the lifted transformations that may lie between, scopes and modules are copies.
         """
         for call in self._stack:
             if not call.is_call or call.module is None:
                 continue
             scope, own = call.module.scope, module.scope
             if scope is own:
-                yield call.module, False
+                yield call.module is module
             elif scope and own and scope.path == own.path and call.lifts < _lifts(module):
-                yield call.module, True
+                yield type(call.module) is type(module)
 
     def _is_anothers(self, call: Call) -> bool:
         """Return whether a call is one of another model, which is applied inside this one."""
@@ -155,10 +146,6 @@ class Calls:
             return False
         # One that is lifted without a name keeps its path.
         return not collects(scope) or (not scope.root.path and scope.root != self._root)
-
-    def learned_branches(self) -> bool:
-        """Return whether this run found measurements that other branches have to make room for."""
-        return self._grown
 
     def carry(self, module: Any, measured: Measured) -> None:
         """Keep what was measured in the innermost call."""
@@ -283,7 +270,7 @@ class Calls:
             filled[path] = (*[take(calls, slot) for slot in slots], *calls)
             penalties = run.known.get(path, {}) | run.penalized.get(path, {})
             known[path] = (*slots, *[placeholder(path, penalties, call) for call in calls])
-            self._grown = self._grown or bool(calls)
+            self.learned_branches = self.learned_branches or bool(calls)
         return filled
 
 

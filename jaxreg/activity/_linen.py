@@ -122,7 +122,7 @@ def _run(
             ):
                 out = forward()
         except Exception:
-            if not calls.learned_branches():
+            if not calls.learned_branches:
                 raise
         else:
             return run, only_measured(calls.innermost.measured), out
