@@ -1,5 +1,6 @@
 """optax gradient transformations that regularize."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -10,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxreg.kernel import Kernel
-from jaxreg.penalties import Constraint
+from jaxreg.penalties import Constraint, Penalty
 from jaxreg.penalties._checks import NON_NEGATIVE, require, require_integer
 
 
@@ -71,18 +72,10 @@ def add_penalty_gradient(
         what = "a finite scalar, or a schedule"
         require("add_penalty_gradient(scale=...)", scale, what, math.isfinite)
 
-    def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
-        require_params("add_penalty_gradient", params)
-        factor = value_of(scale, state)
-        updates = reg.map(
-            lambda penalty, leaf, u: (u + factor * penalty.gradient(leaf)).astype(u.dtype),
-            params,
-            updates,
-            exempt=updates,
-        )
-        return updates, _next(state)
+    def add(factor: ArrayLike, penalty: Penalty, leaf: jax.Array, u: jax.Array) -> jax.Array:
+        return (u + factor * penalty.gradient(leaf)).astype(u.dtype)
 
-    return optax.GradientTransformation(_counting(scale), update)
+    return _mapping("add_penalty_gradient", reg, scale, add)
 
 
 def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.GradientTransformation:
@@ -125,7 +118,7 @@ def apply_prox(reg: Kernel, step_size: ArrayLike | optax.Schedule) -> optax.Grad
     """
     require_kernel("apply_prox", reg)
     require_step("apply_prox(step_size=...)", step_size)
-    return _proximal("apply_prox", reg, step_size)
+    return _mapping("apply_prox", reg, step_size, _move)
 
 
 def project(reg: Kernel) -> optax.GradientTransformation:
@@ -167,27 +160,38 @@ def project(reg: Kernel) -> optax.GradientTransformation:
                 f"`jaxreg.project` takes a kernel of constraints; got {penalty!r}. For penalties"
                 " use `jaxreg.apply_prox` or `jaxreg.add_penalty_gradient`."
             )
-    return _proximal("project", reg, 1.0)
+    return _mapping("project", reg, 1.0, _move)
 
 
-def _proximal(
-    transform: str, reg: Kernel, step_size: ArrayLike | optax.Schedule
+def _move(step: ArrayLike, penalty: Penalty, leaf: jax.Array, u: jax.Array) -> jax.Array:
+    # Not rounded to the dtype of u: that could leave more than zero where prox gives zero.
+    return penalty.prox(leaf + u, step) - leaf
+
+
+def _mapping(
+    transform: str,
+    reg: Kernel,
+    scalar: ArrayLike | optax.Schedule,
+    function: Callable[..., jax.Array],
 ) -> optax.GradientTransformation:
-    """Return the transformation whose updates end where the proximal operator does."""
+    """Return the transformation that maps `function(scalar, penalty, leaf, update)`.
+
+    It counts its updates only for a schedule.
+    """
+
+    def init(params: Any) -> _State:
+        del params
+        return CountState(jnp.zeros([], jnp.int32)) if callable(scalar) else optax.EmptyState()
 
     def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
         require_params(transform, params)
-        step = value_of(step_size, state)
-        updates = reg.map(
-            # Not rounded to the dtype of u: that could leave more than zero where prox gives zero.
-            lambda penalty, leaf, u: penalty.prox(leaf + u, step) - leaf,
-            params,
-            updates,
-            exempt=updates,
-        )
-        return updates, _next(state)
+        mapped = functools.partial(function, value_of(scalar, state))
+        updates = reg.map(mapped, params, updates, exempt=updates)
+        if isinstance(state, CountState):
+            state = CountState(optax.safe_increment(state.count))
+        return updates, state
 
-    return optax.GradientTransformation(_counting(step_size), update)
+    return optax.GradientTransformation(init, update)
 
 
 class PenaltyRecord(NamedTuple):
@@ -253,22 +257,6 @@ def record_penalty(reg: Kernel, every: int = 1) -> optax.GradientTransformation:
         return updates, PenaltyRecord(optax.safe_increment(state.count), *record)
 
     return optax.GradientTransformation(init, update)
-
-
-def _counting(scalar: ArrayLike | optax.Schedule) -> Callable[[Any], _State]:
-    """Return the `init` of a transformation that counts its updates only for a schedule."""
-
-    def init(params: Any) -> _State:
-        del params
-        return CountState(jnp.zeros([], jnp.int32)) if callable(scalar) else optax.EmptyState()
-
-    return init
-
-
-def _next(state: _State) -> _State:
-    if isinstance(state, CountState):
-        return CountState(optax.safe_increment(state.count))
-    return state
 
 
 def value_of(scalar: ArrayLike | optax.Schedule, state: Any) -> ArrayLike:
