@@ -267,10 +267,8 @@ def contractive(
         Rifai, Vincent, Muller, Glorot and Bengio, Contractive auto-encoders: explicit invariance
         during feature extraction, ICML, 2011.
     """
-    x, kernel = (
-        require_real("functional.contractive", "x", x),
-        require_real("functional.contractive", "kernel", kernel),
-    )
+    x = require_real("functional.contractive", "x", x)
+    kernel = require_real("functional.contractive", "kernel", kernel)
     bias = jnp.zeros(kernel.shape[-1:], kernel.dtype) if bias is None else bias
     bias = require_real("functional.contractive", "bias", bias)
     if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1] or bias.shape != kernel.shape[1:]:

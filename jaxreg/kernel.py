@@ -383,7 +383,7 @@ def _is_absent(node: Any) -> bool:
 
 
 def _zero(value: Any) -> Any:
-    number = isinstance(value, bool | int | float | complex)
+    number = isinstance(value, int | float | complex)
     return jnp.zeros_like(value) if number or hasattr(value, "dtype") else value
 
 

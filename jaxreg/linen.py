@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jaxreg.activity import Parameter, alike, site, sow
+from jaxreg.ops._dispatch import Implementation
 from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
@@ -83,7 +84,7 @@ class Dense(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.linear.default_kernel_init
     bias_init: Any = nn.initializers.zeros_init()
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,8 +110,8 @@ class Dense(nn.Module):
         )
 
     def _report(self, name: str, penalty: Penalty | None, shape: tuple[int, ...]) -> None:
-        found = None if penalty is None else site(self, name)
-        if found is not None and penalty is not None:
+        found = site(self, name)
+        if penalty is not None and found is not None:
             run, path = found
             penalty = alike(penalty)
             run.keep(self, path, penalty, Parameter(penalty, shape))
@@ -152,7 +153,7 @@ class MLP(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.linear.default_kernel_init
     bias_init: Any = nn.initializers.zeros_init()
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

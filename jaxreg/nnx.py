@@ -12,6 +12,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxreg.activity import alike, sow
 from jaxreg.activity._nnx import PenaltyTerm as PenaltyTerm
 from jaxreg.activity._nnx import is_foreign
+from jaxreg.ops._dispatch import Implementation
 from jaxreg.ops.dense import Activation, penalized
 from jaxreg.penalties import Penalty
 
@@ -97,7 +98,7 @@ class Dense(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Any = nnx.nn.linear.default_kernel_init,
         bias_init: Any = jax.nn.initializers.zeros,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         shape = (in_features, out_features)
@@ -180,7 +181,7 @@ class MLP(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Any = nnx.nn.linear.default_kernel_init,
         bias_init: Any = jax.nn.initializers.zeros,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         try:

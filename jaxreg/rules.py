@@ -68,7 +68,12 @@ class Rules:
 
     def name(self, index: int) -> str:
         """Return the rule's pattern as a person would write it."""
-        return show(self.patterns[index])
+        pattern = self.patterns[index]
+        if isinstance(pattern, str):
+            return f'"{pattern}"'
+        if isinstance(pattern, re.Pattern):
+            return f're.compile("{pattern.pattern}")'
+        return getattr(pattern, "__name__", repr(pattern))
 
     def require_wins(
         self, winners: Iterable[int | None], paths: Iterable[str], what: str, otherwise: str
@@ -116,15 +121,6 @@ def matches(pattern: Pattern, path: str) -> bool:
 def names(pattern: Pattern, path: str) -> bool:
     """Return whether the pattern is the path itself, spelt out."""
     return isinstance(pattern, str) and pattern == path
-
-
-def show(pattern: Pattern) -> str:
-    """Return the pattern as a person would write it."""
-    if isinstance(pattern, str):
-        return f'"{pattern}"'
-    if isinstance(pattern, re.Pattern):
-        return f're.compile("{pattern.pattern}")'
-    return getattr(pattern, "__name__", repr(pattern))
 
 
 def _segments(path: str) -> list[str]:

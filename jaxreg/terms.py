@@ -38,7 +38,7 @@ class Measurement:
 
     penalty: Penalty
     moments: Any
-    count: jax.Array | None
+    count: ArrayLike | None
     adds_up: bool = dataclasses.field(metadata={"static": True})
     once: bool = dataclasses.field(default=False, metadata={"static": True})
     axes: int = dataclasses.field(default=0, metadata={"static": True})
@@ -58,8 +58,9 @@ class Measurement:
         value = finish(self)
         return jnp.sum(value) if value.ndim else value
 
-    def sum(self) -> "Measurement":
+    def sum(self, path: str) -> "Measurement":
         """Return the measurement of all microbatches together, which the leading axis stacks."""
+        self._require_adds_up("combine", path)
         first = jax.tree.map(lambda leaf: leaf[0], self.penalty)
         # Of a parameter each microbatch has the whole. With the mean, each has its share of the
         # gradient, also where the others' are constants.
@@ -67,10 +68,11 @@ class Measurement:
         moments, count = jax.tree.map(lambda leaf: add_up(leaf, axis=0), (self.moments, self.count))
         return dataclasses.replace(self, penalty=first, moments=moments, count=count)
 
-    def psum(self, axis_name: AxisName) -> "Measurement":
-        """Return the measurement of all shards together; see `combine`."""
-        if self.once:
+    def psum(self, axis_name: AxisName | None, caller: str, path: str) -> "Measurement":
+        """Return the measurement of all shards together; see `combine`. With None, this one."""
+        if axis_name is None or self.once:
             return self
+        self._require_adds_up(caller, path)
         split = split_axes(self.moments, axis_name)
         if not split:
             return self
@@ -78,7 +80,7 @@ class Measurement:
         moments, count = jax.lax.psum(sums, split)  # type: ignore[no-untyped-call]
         return dataclasses.replace(self, moments=moments, count=count)
 
-    def require_adds_up(self, caller: str, path: str) -> None:
+    def _require_adds_up(self, caller: str, path: str) -> None:
         """Raise a ValueError unless the parts of a batch add up to the whole."""
         if not self.adds_up:
             raise ValueError(
@@ -270,11 +272,12 @@ class Terms(Mapping[str, jax.Array]):
             for path, calls in self.measurements.items()
         }
 
-    def _map(self, add_up: Callable[[Measurement], Measurement]) -> "Terms":
-        for path, calls in self.measurements.items():
-            for call in calls:
-                call.require_adds_up("combine", path)
-        return Terms({k: tuple(map(add_up, calls)) for k, calls in self.measurements.items()})
+    def _map(self, function: Callable[[Measurement, str], Measurement]) -> "Terms":
+        measurements = {
+            path: tuple(function(call, path) for call in calls)
+            for path, calls in self.measurements.items()
+        }
+        return Terms(measurements)
 
     def __getitem__(self, path: str) -> jax.Array:
         return _total([m.value for m in self.measurements[path]])
@@ -323,32 +326,36 @@ def combine(terms: Iterable[Terms] | Terms, *, axis_name: AxisName | None = None
         2.0
     """
     if not isinstance(terms, Terms):
-        terms = list(terms)
-        for part in terms:
-            if not isinstance(part, Terms):
-                raise TypeError(
-                    "`jaxreg.combine` takes `Terms`, the second of what"
-                    f" `jaxreg.activity(...)(apply)` returns; got a {type(part).__name__}."
-                )
-    if axis_name is not None:
-        shard = terms if isinstance(terms, Terms) else combine(terms)
-        return shard._map(lambda call: call.psum(axis_name))
-    if not isinstance(terms, Terms):
-        if not terms:
-            raise ValueError("`jaxreg.combine` takes at least one `Terms`; got none.")
-        structures = {jax.tree.structure(t) for t in terms}
-        if len(structures) > 1:
-            raise ValueError(
-                "`jaxreg.combine` takes terms of the same sites and penalties; got"
-                f" {[t._penalty_names() for t in terms]}."
-            )
-        stacked: Terms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *terms)
-    else:
-        stacked = terms
-        if any(call.ndim <= call.axes for calls in stacked.measurements.values() for call in calls):
-            raise ValueError(
-                "`jaxreg.combine` takes a sequence of `Terms`, or one with a leading axis of"
-                " microbatches; got one of a single batch."
-            )
+        terms = _of_microbatches(_stack(list(terms)))
+    elif axis_name is None:
+        terms = _of_microbatches(terms)
+    return terms._map(lambda call, path: call.psum(axis_name, "combine", path))
 
+
+def _of_microbatches(stacked: Terms) -> Terms:
+    """Return the terms of all microbatches together, which a leading axis stacks."""
+    if any(call.ndim <= call.axes for calls in stacked.measurements.values() for call in calls):
+        raise ValueError(
+            "`jaxreg.combine` takes a sequence of `Terms`, or one with a leading axis of"
+            " microbatches; got one of a single batch."
+        )
     return stacked._map(Measurement.sum)
+
+
+def _stack(microbatches: list[Terms]) -> Terms:
+    """Return one `Terms` with a leading axis of microbatches."""
+    for part in microbatches:
+        if not isinstance(part, Terms):
+            raise TypeError(
+                "`jaxreg.combine` takes `Terms`, the second of what"
+                f" `jaxreg.activity(...)(apply)` returns; got a {type(part).__name__}."
+            )
+    if not microbatches:
+        raise ValueError("`jaxreg.combine` takes at least one `Terms`; got none.")
+    if len(set(map(jax.tree.structure, microbatches))) > 1:
+        raise ValueError(
+            "`jaxreg.combine` takes terms of the same sites and penalties; got"
+            f" {[part._penalty_names() for part in microbatches]}."
+        )
+    stacked: Terms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *microbatches)
+    return stacked

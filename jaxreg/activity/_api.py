@@ -187,11 +187,7 @@ def penalize(
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"`jaxreg.penalize` takes a Penalty; got {penalty!r}.")
-    measured = measure(x, penalty, reduction, mask)
-    if axis_name is not None:
-        measured.require_adds_up("penalize", "x")
-        measured = measured.psum(axis_name)
-    return measured.value
+    return measure(x, penalty, reduction, mask).psum(axis_name, "penalize", "x").value
 
 
 def sow(module: nn.Module | nnx.Module, name: str, value: Value, penalty: Penalty | None) -> Value:

@@ -70,8 +70,8 @@ def alike(penalty: Penalty) -> Penalty:
 class Pass:
     """What the modules of one forward pass consult while they run.
 
-    No measurement is kept here: `carry` hands each to the framework's own variables, which the
-    framework's transformations carry out.
+    No measurement is kept here: `carry` hands each to what takes it out of the transformations of
+    the framework (`_lifted.Calls`, `_nnx.Carried`).
 
     Args:
         key: a hashable that two passes share only if they measure the same values alike.

@@ -143,10 +143,8 @@ def _thresholded(
     name: str, function: Any, x: ArrayLike, threshold: ArrayLike, bandwidth: ArrayLike
 ) -> jax.Array:
     """Apply a function of x, threshold and bandwidth in their common dtype."""
-    x, threshold = (
-        require_real(f"gates.{name}", "x", x),
-        require_real(f"gates.{name}", "threshold", threshold),
-    )
+    x = require_real(f"gates.{name}", "x", x)
+    threshold = require_real(f"gates.{name}", "threshold", threshold)
     require(f"gates.{name}(bandwidth=...)", bandwidth, *POSITIVE)
     try:
         fits = jnp.broadcast_shapes(x.shape, threshold.shape) == x.shape

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxreg.penalties._arithmetic import among_largest
 from jaxreg.penalties._checks import require_real
 from jaxreg.penalties._explicit import on_any_mesh
 
@@ -143,11 +144,8 @@ def batch_top_k_threshold(z: ArrayLike) -> jax.Array:
 
 def _keep_largest(x: jax.Array, k: int) -> jax.Array:
     """Keep the k largest entries along the last axis."""
-    _, indices = jax.lax.top_k(x, k)
-    nothing = jnp.zeros(x.shape, bool)
-    kept = jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
     # A NaN with its sign bit set sorts below all numbers.
-    return jnp.where(kept | jnp.isnan(x), x, 0)
+    return jnp.where(among_largest(x, k) | jnp.isnan(x), x, 0)
 
 
 def _check_k(name: str, k: int, x: jax.Array, size: int) -> int:

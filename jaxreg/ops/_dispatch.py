@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from jax.extend.core import Primitive
@@ -10,9 +10,11 @@ from jax.interpreters import batching, mlir
 
 from jaxreg.penalties._checks import require_choice
 
+Implementation = Literal["xla", "mosaic_gpu"]
+
 
 def choose(
-    op: str, implementation: str | None, wins: bool, reason: Callable[[], str | None]
+    op: str, implementation: Implementation | None, wins: bool, reason: Callable[[], str | None]
 ) -> tuple[bool, str | None]:
     """Return whether kernels may run, and the op's name if they were asked for.
 
@@ -26,7 +28,8 @@ def choose(
         ValueError: for an implementation that is not known.
         NotImplementedError: if the kernels were asked for and cannot run.
     """
-    require_choice(f"ops.{op}(implementation=...)", implementation, (None, "xla", "mosaic_gpu"))
+    known = (None, *get_args(Implementation))
+    require_choice(f"ops.{op}(implementation=...)", implementation, known)
     if implementation == "xla" or (implementation is None and not wins):
         return False, None
     why = reason()

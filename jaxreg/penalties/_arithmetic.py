@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 # Accelerators round the factors of a float32 product to fewer bits unless told not to.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -34,11 +35,22 @@ def shrunk(x: jax.Array, pull: jax.Array) -> jax.Array:
     return jnp.where((pull < 1) & jnp.isfinite(x), near, x / (1 + pull))
 
 
+def sum_examples(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """Return the sum of each feature over the examples, along all axes but the last."""
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)), where=where)
+
+
 def count_examples(x: jax.Array, where: jax.Array | None) -> jax.Array:
     """Return how many examples, along all axes but the last, `where` lets count."""
     if where is None:
         return jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
     return jnp.sum(jnp.broadcast_to(where, (*x.shape[:-1], 1)), dtype=x.dtype)
+
+
+def among_largest(x: jax.Array, k: int) -> jax.Array:
+    """Return which entries are the k largest along the last axis; of equal ones the first."""
+    _, indices = jax.lax.top_k(x, k)
+    return jnp.put_along_axis(jnp.zeros(x.shape, bool), indices, True, axis=-1, inplace=False)
 
 
 def modulus(x: jax.Array) -> jax.Array:
@@ -86,11 +98,12 @@ def scaled_to_one(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.A
     return scale, x / scale
 
 
-def divide(total: jax.Array, count: jax.Array | np.ndarray[Any, Any] | None) -> jax.Array:
+def divide(total: jax.Array, count: ArrayLike | None) -> jax.Array:
     """Return total / count; the total itself for None, and 0 for a count of 0."""
     if count is None:
         return total
-    if isinstance(count, np.ndarray):  # known while tracing: one operation instead of five
+    # Known while tracing: one operation instead of five.
+    if isinstance(count, np.ndarray | np.generic):
         return total / count.astype(total.dtype) if count > 0 else jnp.zeros_like(total)
     count = jnp.asarray(count, total.dtype)
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.zeros_like(total))

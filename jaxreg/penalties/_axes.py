@@ -65,13 +65,9 @@ def as_matrices(penalty: Any, x: jax.Array) -> tuple[jax.Array, Callable[[jax.Ar
     permuted = jnp.transpose(x, order)
 
     def back(matrices: jax.Array) -> jax.Array:
-        return jnp.transpose(matrices.reshape(permuted.shape), _inverse(order))
+        return jnp.moveaxis(matrices.reshape(permuted.shape), range(x.ndim), order)
 
     return permuted.reshape(sizes), back
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(axis) for axis in range(len(order)))
 
 
 def _from_front(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:

@@ -58,8 +58,7 @@ class Penalty(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own_repr = "__repr__" in vars(cls)
-        dataclasses.dataclass(frozen=True, eq=False, repr=not own_repr)(cls)
+        dataclasses.dataclass(frozen=True, eq=False)(cls)
         register(cls)
 
     def __post_init__(self) -> None:
@@ -70,9 +69,10 @@ class Penalty(abc.ABC):
             if "requires" in field.metadata:
                 required[field.name] = field.metadata["requires"]
         for name, (what, holds) in required.items():
-            self._require(name, what, holds)
+            value = getattr(self, name)
+            require(f"{type(self).__name__}({name}=...)", value, what, holds)
             # JAX would not take the derivative by an integer.
-            if isinstance(value := getattr(self, name), int | np.integer):
+            if isinstance(value, int | np.integer):
                 object.__setattr__(self, name, float(value))
 
     def __call__(self, x: ArrayLike) -> jax.Array:
@@ -117,10 +117,10 @@ class Penalty(abc.ABC):
             ValueError: for a step of another shape, or a number that is negative or NaN.
         """
         x = jnp.asarray(x)
-        wide = self.prepare(x)
-        check_step(self, step, wide)
-        step = jnp.asarray(step, real_dtype(wide))
-        moved: jax.Array = on_any_mesh(lambda x, p, t: p._prox(x, t), wide, self, step, split=True)
+        point = self.prepare(x)
+        check_step(self, step, point)
+        step = jnp.asarray(step, real_dtype(point))
+        moved: jax.Array = on_any_mesh(lambda x, p, t: p._prox(x, t), point, self, step, split=True)
         return moved.astype(x.dtype)
 
     @abc.abstractmethod
@@ -132,7 +132,7 @@ class Penalty(abc.ABC):
             where: None, or booleans that broadcast to `x`: the entries that count.
         """
 
-    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: Any, count: ArrayLike | None) -> jax.Array:
         """Return the value from the moments.
 
         Args:
@@ -216,9 +216,6 @@ class Penalty(abc.ABC):
     # NumPy scalars and arrays must leave `factor * penalty` to this class.
     __array_ufunc__: ClassVar[None] = None
 
-    def _require(self, field: str, what: str, holds: Callable[[float], bool]) -> None:
-        require(f"{type(self).__name__}({field}=...)", getattr(self, field), what, holds)
-
 
 class Constraint(Penalty):
     r"""A set that an array must lie in; its proximal operator is the projection onto it.
@@ -294,7 +291,7 @@ class Sum(Penalty):
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[Any, ...]:
         return tuple(term.moments(x, where) for term in self.terms)
 
-    def finish(self, moments: tuple[Any, ...], count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: tuple[Any, ...], count: ArrayLike | None) -> jax.Array:
         values = (term.finish(m, count) for term, m in zip(self.terms, moments, strict=True))
         return sum(values, start=jnp.float32(0))
 

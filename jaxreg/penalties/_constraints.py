@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax.projections
 from jax.typing import ArrayLike
 
-from ._arithmetic import of_rank, polar
+from ._arithmetic import among_largest, of_rank, polar
 from ._axes import check_axes, vector_axes
 from ._base import Constraint
 from ._checks import check_broadcasts, require_integer, require_order
-from ._fields import array, positive, static
+from ._fields import ArrayOrTree, array, positive, static
 from ._norm_constraints import onto_ball
 from ._threshold import over_threshold
 
@@ -78,8 +78,8 @@ class Box(Constraint):
         Automatic Control 21(2), 1976.
     """
 
-    lower: ArrayLike = array(default=-math.inf)
-    upper: ArrayLike = array(default=math.inf)
+    lower: ArrayOrTree = array(default=-math.inf)
+    upper: ArrayOrTree = array(default=math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -338,7 +338,5 @@ class SparseTopK(VectorConstraint):
         moved = jnp.moveaxis(x, axes, last)
         vectors = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
         # A NaN counts as larger than all else.
-        _, kept = jax.lax.top_k(jnp.abs(vectors), self.k)
-        none = jnp.zeros(vectors.shape, bool)
-        keep = jnp.put_along_axis(none, kept, True, axis=-1, inplace=False)
-        return jnp.where(jnp.moveaxis(keep.reshape(moved.shape), last, axes), x, 0)
+        kept = among_largest(jnp.abs(vectors), self.k)
+        return jnp.where(jnp.moveaxis(kept.reshape(moved.shape), last, axes), x, 0)

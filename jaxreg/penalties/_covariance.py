@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import count_examples, of_rank
+from ._arithmetic import count_examples, of_rank, sum_examples
 from ._base import Penalty
 from ._explicit import partitioned
 from ._fields import positive
@@ -40,9 +40,7 @@ class Scatter(NamedTuple):
     @classmethod
     def of(cls, x: jax.Array, where: jax.Array | None, gram: Gram) -> "Scatter":
         """Return the sums over every axis of `x` but the last."""
-        axes = tuple(range(x.ndim - 1))
-        examples = count_examples(x, where)
-        total = jnp.sum(x, axis=axes)
+        examples, total = count_examples(x, where), sum_examples(x)
         centered = x - of_rank(x.ndim, total / jnp.maximum(examples, 1))
         if where is not None:
             centered = jnp.where(where, centered, 0)
@@ -63,7 +61,7 @@ def _of_mean(total: jax.Array, examples: jax.Array, gram: Gram) -> jax.Array:
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return Σ x_j y_j for each feature j."""
-    return jnp.sum(x * y, axis=tuple(range(x.ndim - 1)))
+    return sum_examples(x * y)
 
 
 def outer(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -90,7 +88,7 @@ class OfScatter(Penalty):
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> Scatter:
         return Scatter.of(jnp.atleast_1d(x), where, self.gram)
 
-    def finish(self, moments: Scatter, count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: Scatter, count: ArrayLike | None) -> jax.Array:
         examples = moments.examples
         value = self.of_scatter(moments.combined(self.gram), jnp.maximum(examples, 1))
         value = jnp.asarray(self.strength, examples.dtype) * value

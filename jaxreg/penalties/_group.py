@@ -56,7 +56,7 @@ class Grouped(Penalty):
     def step_axes(self, ndim: int) -> tuple[int, ...]:
         return vector_axes(self, ndim)
 
-    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: Any, count: ArrayLike | None) -> jax.Array:
         grows = isinstance(moments, tuple)
         return super().finish(self.of_sums(*moments) if grows else moments, count)
 

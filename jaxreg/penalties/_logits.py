@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ._arithmetic import sum_examples
 from ._statistic import Statistic
 
 
@@ -195,8 +196,7 @@ class LabelEntropy(Statistic):
     """
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
-        probabilities = jax.nn.softmax(x, axis=-1)
-        return jnp.sum(probabilities, axis=tuple(range(x.ndim - 1)), where=where)
+        return sum_examples(jax.nn.softmax(x, axis=-1), where)
 
     def of_means(self, means: jax.Array) -> jax.Array:
         # The logarithm's derivative is infinite at 0, and 0 · inf would be NaN.

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import scaled_to_one
+from ._arithmetic import scaled_to_one, sum_examples
 from ._checks import require_choice, require_integer
 from ._fields import static
 from ._statistic import Statistic
@@ -47,7 +47,7 @@ class ImportanceCV(Statistic):
     """
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
-        return jnp.sum(x, axis=tuple(range(x.ndim - 1)), where=where)
+        return sum_examples(x, where)
 
     def of_means(self, means: jax.Array) -> jax.Array:
         experts = max(means.size, 1)
@@ -108,9 +108,7 @@ class LoadBalance(Statistic):
         return jnp.sum(self._product(dispatched, probability)), jnp.sum(tokens > 0, dtype=x.dtype)
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        tokens = tuple(range(x.ndim - 1))
-        dispatched = jnp.sum(self._dispatch(x), axis=tokens, where=where)
-        return dispatched, jnp.sum(self.probabilities(x), axis=tokens, where=where)
+        return sum_examples(self._dispatch(x), where), sum_examples(self.probabilities(x), where)
 
     def of_means(self, means: Any) -> jax.Array:
         return means if self.per_group else self._product(*means)

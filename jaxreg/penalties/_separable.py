@@ -170,7 +170,7 @@ class L1L2(Penalty):
     def moments(self, x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         return L1(1).moments(x, where), L2(1).moments(x, where)
 
-    def finish(self, moments: tuple[jax.Array, jax.Array], count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: tuple[jax.Array, jax.Array], count: ArrayLike | None) -> jax.Array:
         absolute, square = moments
         l1, l2 = jnp.asarray(self.l1, square.dtype), jnp.asarray(self.l2, square.dtype)
         return divide(l1 * absolute + l2 * square, count)

@@ -15,7 +15,7 @@ from ._arithmetic import matmul, of_rank, root, scaled_to_one
 from ._axes import as_matrices, vector_axes
 from ._checks import check_broadcasts, require_choice
 from ._explicit import on_any_mesh
-from ._fields import array, static
+from ._fields import ArrayOrTree, array, static
 from ._matrix import Matrix, gram
 from ._singular_values import map_singular_values, svd
 
@@ -102,7 +102,7 @@ class SpectralNorm(_Spectral):
     """
 
     _: KW_ONLY
-    vector: ArrayLike | None = array(default=None)
+    vector: ArrayOrTree = array(default=None)
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         super().check(x, name)

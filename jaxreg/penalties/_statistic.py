@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._arithmetic import count_examples
+from ._arithmetic import count_examples, sum_examples
 from ._base import Penalty
 from ._fields import setting
 
@@ -44,7 +44,7 @@ class Statistic(Penalty):
         x = jnp.atleast_1d(x)
         return self.sums(x, where), count_examples(x, where)
 
-    def finish(self, moments: Any, count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: Any, count: ArrayLike | None) -> jax.Array:
         sums, examples = moments
         means = jax.tree.map(lambda s: s / jnp.maximum(examples, 1), sums)
         value = jnp.asarray(self.strength, examples.dtype) * self.of_means(means)
@@ -88,7 +88,7 @@ class KLSparsity(Statistic):
     target: ArrayLike = setting("a scalar between 0 and 1", lambda rho: 0 < rho < 1)
 
     def sums(self, x: jax.Array, where: jax.Array | None) -> jax.Array:
-        return jnp.sum(x, axis=tuple(range(x.ndim - 1)), where=where)
+        return sum_examples(x, where)
 
     def of_means(self, means: jax.Array) -> jax.Array:
         epsilon = float(jnp.finfo(means.dtype).eps)  # type: ignore[no-untyped-call]

@@ -127,7 +127,7 @@ class TemporalDifference(Temporal):
         changes, pairs = self.changes(x, where)
         return jnp.sum(changes) / max(x.shape[-1], 1), pairs
 
-    def finish(self, moments: tuple[jax.Array, jax.Array], count: jax.Array | None) -> jax.Array:
+    def finish(self, moments: tuple[jax.Array, jax.Array], count: ArrayLike | None) -> jax.Array:
         return super().finish(*moments)
 
 
@@ -175,7 +175,7 @@ class Slowness(Temporal):
         return Scatter.of(x, where, inner), *self.changes(x, where)
 
     def finish(
-        self, moments: tuple[Scatter, jax.Array, jax.Array], count: jax.Array | None
+        self, moments: tuple[Scatter, jax.Array, jax.Array], count: ArrayLike | None
     ) -> jax.Array:
         scatter, changes, pairs = moments
         # Rounding between microbatches may take it below the part within them, and below 0.

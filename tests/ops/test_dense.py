@@ -120,7 +120,7 @@ def test_bad_operands_are_named():
     with pytest.raises(ValueError, match="A reduction must be one of"):
         jr.ops.dense(x, w, b, penalty=jr.L1(0.1), reduction="average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be one of None, 'xla', 'mosaic_gpu'; got 'cuda'"):
-        jr.ops.dense(x, w, b, penalty=jr.L1(0.1), implementation="cuda")
+        jr.ops.dense(x, w, b, penalty=jr.L1(0.1), implementation="cuda")  # type: ignore[arg-type]
 
 
 def test_an_activation_need_have_no_hash_and_a_batch_no_size():

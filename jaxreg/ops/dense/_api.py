@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.ops import _dispatch
+from jaxreg.ops._dispatch import Implementation
 from jaxreg.penalties import Penalty
-from jaxreg.terms import AxisName, Measurement, Reduction, check_reduction, measure
+from jaxreg.terms import AxisName, Measurement, Reduction, measure
 
 from ._mosaic_gpu import supports
 from ._reference import Activation, check_activation, reference
@@ -22,7 +23,7 @@ def dense(
     penalty: Penalty,
     reduction: Reduction = "batch_mean",
     axis_name: AxisName | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Return a dense layer's activation and its penalty.
 
@@ -78,10 +79,7 @@ def dense(
         reduction=reduction,
         implementation=implementation,
     )
-    if axis_name is not None:
-        measurement.require_adds_up("ops.dense", "a")
-        measurement = measurement.psum(axis_name)
-    return a, measurement.value
+    return a, measurement.psum(axis_name, "ops.dense", "a").value
 
 
 def measured(
@@ -92,14 +90,13 @@ def measured(
     activation: Activation | None,
     penalty: Penalty,
     reduction: Reduction,
-    implementation: str | None,
+    implementation: Implementation | None,
     mask: ArrayLike | None = None,
 ) -> tuple[jax.Array, Measurement]:
     """Return the activation and its penalty before it is finished; see `dense`."""
     x, w, b = jnp.asarray(x), jnp.asarray(w), None if b is None else jnp.asarray(b)
     check("dense", penalty, x, w, b)
     check_activation(activation)
-    check_reduction(reduction)
     f = activation or identity
 
     def reason() -> str | None:

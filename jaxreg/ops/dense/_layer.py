@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxreg.activity import site
+from jaxreg.ops._dispatch import Implementation
 from jaxreg.penalties import Penalty
 
 from ._api import measured
@@ -16,11 +17,11 @@ def penalized(
     operands: tuple[jax.Array, jax.Array, jax.Array | None],
     activation: Activation | None,
     penalty: Penalty | None,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """Return the layer's output, and report its penalty to the pass under way, if any."""
-    found = None if penalty is None else site(module, "output")
-    if found is not None:
+    found = site(module, "output")
+    if penalty is not None and found is not None:
         run, path = found
         chosen = run.meet(module, path, penalty)
         if chosen is not None:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxreg.ops import _dispatch
+from jaxreg.ops._dispatch import Implementation
 from jaxreg.ops.dense import Activation, check, check_activation, layer_wins, reference
 from jaxreg.penalties import Penalty
 from jaxreg.penalties._arithmetic import of_rank
-from jaxreg.terms import AxisName, Reduction, check_reduction, measure
+from jaxreg.terms import AxisName, Reduction, measure
 
 from ._mosaic_gpu import backward_wins, supports
 from ._rule import layers
@@ -27,7 +28,7 @@ def mlp(
     penalty: Penalty,
     reduction: Reduction = "batch_mean",
     axis_name: AxisName | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Return the output of two dense layers, what lies between them, and its penalty.
 
@@ -85,7 +86,6 @@ def mlp(
     hidden = array((*x.shape[:-1], w1.shape[1]), x.dtype)
     check("mlp", penalty, hidden, w2, b2, " in the second")
     check_activation(activation)
-    check_reduction(reduction)
 
     def reason() -> str | None:
         return supports(x, w1, b1, w2, activation, penalty)
@@ -101,7 +101,4 @@ def mlp(
         y, h, moments = layers(activation, asked_by, x, w1, bias, w2, penalty)
         y = y if b2 is None else y + of_rank(y.ndim, b2)
     measurement = measure(h, penalty, reduction, name="h", moments=moments)
-    if axis_name is not None:
-        measurement.require_adds_up("ops.mlp", "h")
-        measurement = measurement.psum(axis_name)
-    return y, h, measurement.value
+    return y, h, measurement.psum(axis_name, "ops.mlp", "h").value
