@@ -261,9 +261,9 @@ def proximal_adam(
     For a convex R the fixed points are those of loss + R, with exact zeros; `apply_prox` after
     `optax.adam` has others, since it shrinks all entries alike. Where R is flat far from 0 (`L0`,
     `MCP`, `SCAD`, `CappedL1`), a gradient without noise vanishes at the solution, v̂ after it, and
-    the step grows to η / ε, for which the operator sets every entry to zero. There give an ε for
-    which s·η / ε is below the knot (for `L0` half the square of the smallest weight to be kept), or
-    use `apply_prox`. A penalty of groups needs one step for each group:
+    the step grows to η / ε, for which the operator moves every entry. There give an ε for which
+    `penalty.prox(w, η / ε)` leaves the weights w that are to be kept as they are, or use
+    `apply_prox`. A penalty of groups needs one step for each group:
     there v̂ is the mean over the group, for the direction as well. An entry that has never had a
     gradient has the step η / ε, which a penalty sets to zero at once.
 

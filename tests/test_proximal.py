@@ -677,3 +677,4 @@ def test_proximal_adam_keeps_a_weight_without_gradient_only_for_a_large_epsilon(
 ):
     weights = last_weights(jr.proximal_adam(0.01, jr.kernel({"**": penalty}), eps=eps), 3.1, 3.0)
     assert bool(jnp.all(jnp.abs(weights - 3) < 1e-3)) == stays
+    assert bool(jnp.abs(penalty.prox(jnp.float32(3), 0.01 / eps) - 3) < 1e-3) == stays

@@ -172,8 +172,9 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
     A bound module is a copy made for one forward pass.
     """
     watched: Any = vars(module).get("sow")
-    # This pass's already, or a field of the user's.
-    if watched is not None and getattr(watched, "run", run) is run:
+    around = getattr(watched, "_jaxreg_run", None)
+    is_field = not callable(module.sow) or (watched is not None and around is None)
+    if is_field or around is run:
         yield
         return
 
@@ -187,14 +188,16 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
         sown: bool = through(col, name, value, *args, **kwargs)
         return sown
 
-    setattr(sow, "run", run)
+    setattr(sow, "_jaxreg_run", run)
     object.__setattr__(module, "sow", sow)
     try:
         yield
     finally:
-        object.__delattr__(module, "sow")
-        if watched is not None:
-            object.__setattr__(module, "sow", watched)
+        # Unless `setup` has assigned a field of that name.
+        if vars(module).get("sow") is sow:
+            object.__delattr__(module, "sow")
+            if watched is not None:
+                object.__setattr__(module, "sow", watched)
 
 
 def _require_no_parameters(measured: Measured) -> None:

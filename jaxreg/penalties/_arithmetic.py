@@ -31,7 +31,8 @@ def of_rank(ndim: int, array: jax.Array) -> jax.Array:
 def shrunk(x: jax.Array, pull: jax.Array) -> jax.Array:
     """Return x / (1 + pull), for a pull from 0 on."""
     # 1 + pull would round a small pull, and all entries' alike: that adds up over many steps.
-    near = x - x * (pull / (1 + pull))
+    small = jnp.where(pull < 1, pull, 0)
+    near = x - x * (small / (1 + small))
     return jnp.where((pull < 1) & jnp.isfinite(x), near, x / (1 + pull))
 
 

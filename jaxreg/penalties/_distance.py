@@ -77,9 +77,9 @@ class L2To(Penalty):
         return ()
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        pull = 2 * of_rank(x.ndim, step * self.strength) * self._weight(jnp.real(x))
         # Where it is this large the reference is reached, and more would overflow.
-        pull = jnp.minimum(pull, 1e30)
+        scale = jnp.minimum(of_rank(x.ndim, step * self.strength), 1e30)
+        pull = jnp.minimum(2 * scale * self._weight(jnp.real(x)), 1e30)
         pulled = x - pull / (1 + pull) * (x - _of_rank(self.reference, x))
         return jnp.where(jnp.isinf(x), x, pulled)
 

@@ -156,7 +156,7 @@ class MCP(Separable):
         size = jnp.abs(x)
         inner = jnp.clip(_ratio(size - scale, 1 - scale / knot), 0, knot)
         edge = jnp.where(scale < knot, knot, _jump(scale, knot / 2))
-        return jnp.sign(x) * jnp.where(size > edge, size, inner)
+        return _kept_from(edge, x, inner)
 
 
 class SCAD(Separable):
@@ -210,11 +210,11 @@ class SCAD(Separable):
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         scale, (threshold, end) = step * self.strength, self._knots(x)
         size, width = jnp.abs(x), end - threshold
-        middle = jnp.clip(_ratio(size - scale * end / width, 1 - scale / width), threshold, end)
+        middle = jnp.clip(_ratio(size - scale * (end / width), 1 - scale / width), threshold, end)
         is_middle = (scale < width) & (size > threshold + scale)
         inner = jnp.where(is_middle, middle, jax.nn.relu(size - scale))
         edge = jnp.where(scale < width, end, _jump(scale, (threshold + end) / 2))
-        return jnp.sign(x) * jnp.where(size > edge, size, inner)
+        return _kept_from(edge, x, inner)
 
     def _knots(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         threshold = jnp.asarray(self.threshold, x.dtype)
@@ -262,9 +262,8 @@ class CappedL1(Separable):
         return jnp.where(size >= cap, cap, size)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        scale, cap, size = step * self.strength, jnp.asarray(self.cap, x.dtype), jnp.abs(x)
-        inner = jax.nn.relu(size - scale)
-        return jnp.sign(x) * jnp.where(size > _jump(scale, cap), size, inner)
+        scale, cap = step * self.strength, jnp.asarray(self.cap, x.dtype)
+        return _kept_from(_jump(scale, cap), x, jax.nn.relu(jnp.abs(x) - scale))
 
 
 class L0(Separable):
@@ -314,6 +313,12 @@ def _jump(scale: jax.Array, cap: jax.Array) -> jax.Array:
     """
     soft = cap + scale / 2
     return jnp.where(scale <= 2 * cap, soft, jnp.sqrt(scale) * jnp.sqrt(2 * cap))
+
+
+def _kept_from(edge: jax.Array, x: jax.Array, inner: jax.Array) -> jax.Array:
+    """Return x where |x| is beyond the edge, or infinite; up to it sign(x) · inner."""
+    size = jnp.abs(x)
+    return jnp.sign(x) * jnp.where((size > edge) | jnp.isinf(x), size, inner)
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

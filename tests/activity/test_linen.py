@@ -213,20 +213,31 @@ def test_outputs_that_flax_captures_are_no_values_that_the_model_sows():
 
 
 class HasFieldSow(nn.Module):
-    sow: bool = True  # type: ignore[assignment]
+    sow: Any = True
 
     @nn.compact
     def __call__(self, x):
         y = nn.Dense(3, name="dense")(x)
-        return jr.sow(self, "code", y, None) if self.sow is True else x
+        return jr.sow(self, "code", y, None) if self.sow in (True, None) else x
 
 
-def test_a_field_of_the_name_of_flaxs_sow():
+class HasSubmoduleSow(nn.Module):
+    def setup(self):
+        self.sow: Any = nn.Dense(3)
+
+    def __call__(self, x):
+        return jr.sow(self, "code", self.sow(x), None)
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [(HasFieldSow(), "dense"), (HasFieldSow(sow=None), "dense"), (HasSubmoduleSow(), "sow")],
+    ids=["true", "none", "submodule"],
+)
+def test_a_field_of_the_name_of_flaxs_sow(model, path):
     x = jnp.ones((2, 3))
-    variables = HasFieldSow().init(jax.random.key(0), x)
-    y, terms = jr.activity({"code": jr.L2(1.0), "dense": jr.L2(1.0)})(HasFieldSow().apply)(
-        variables, x
-    )
+    variables = model.init(jax.random.key(0), x)
+    y, terms = jr.activity({"code": jr.L2(1.0), path: jr.L2(1.0)})(model.apply)(variables, x)
     np.testing.assert_allclose(terms.total, jnp.sum(y**2), rtol=1e-6)
 
 

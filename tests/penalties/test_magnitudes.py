@@ -85,6 +85,8 @@ def test_steps_of_any_length_reach_what_they_lead_to(step):
     x = jnp.array([3.0, -2.0, 0.5])
     np.testing.assert_array_equal(jr.L1Inf(1.0, axis=0).prox(x, step), 0)
     np.testing.assert_array_equal(jr.L2To(1.0, reference=x[::-1]).prox(x, step), x[::-1])
+    weighted = jr.L2To(1.0, reference=jnp.zeros(3), weight=jnp.array([0.0, 1.0, 1.0]))
+    np.testing.assert_array_equal(weighted.prox(x, step), [3.0, 0.0, 0.0])
     inside = jr.RangeHinge(1.0, lower=-1.0, upper=1.0, power=2).prox(x, step)
     np.testing.assert_array_equal(inside, [1.0, -1.0, 0.5])
 
@@ -234,3 +236,27 @@ def test_logits_whose_difference_overflows_are_certain(penalty, value):
     logits = jnp.array([[3e38, -3e38]])
     np.testing.assert_allclose(penalty(logits), value, rtol=1e-6)
     np.testing.assert_array_equal(penalty.gradient(logits), 0)
+
+
+@pytest.mark.parametrize("penalty", [jr.L2(1.0), jr.L1L2(0.0, 1.0), jr.Huber(1.0)], ids=repr)
+def test_the_longest_steps_have_finite_derivatives(penalty):
+    slopes = jax.grad(penalty.prox, argnums=(0, 1))(2.0, 3e38)
+    assert np.isfinite(slopes).all(), slopes
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e20, 1e30])
+def test_scad_of_any_magnitude(scale):
+    threshold, x, step = (np.float32(scale * value) for value in (0.7, 1.2, 0.2))
+    moved = jr.SCAD(1.0, threshold=threshold, a=2.4).prox(jnp.asarray(x), step)
+    np.testing.assert_allclose(moved / scale, (0.98 * 1.2 - 1.68 * 0.2) / (0.98 - 0.2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [1.0, np.inf])
+@pytest.mark.parametrize(
+    "penalty",
+    [jr.MCP(1.0, knot=1.5), jr.SCAD(1.0, threshold=1.0), jr.CappedL1(1.0, cap=1.0)],
+    ids=repr,
+)
+def test_infinite_entries_of_nonconvex_penalties_stay(penalty, step):
+    x = jnp.array([jnp.inf, -jnp.inf, 0.1])
+    np.testing.assert_array_equal(penalty.prox(x, step), [np.inf, -np.inf, 0])
