@@ -32,10 +32,10 @@ def proximal_sgd(
     `optax.sgd`, and so is the step of the proximal operator. (It is ProxGen with a rate of
     η / (1 − μ) and the mean (1 − μ)·m.)
 
-    With momentum the updates settle there for a convex R. The proximal operator acts at once, the
-    gradient over 1 / (1 − μ) updates: where R curves downwards by c (s/κ for `MCP`), they cycle
-    unless η < (1 − μ)² / c, and so they may for other nonconvex penalties and sets. Take no
-    momentum for those, or `fista`.
+    With momentum the updates settle there for a convex R, at rates up to 1 / L for gradients that
+    are L-Lipschitz. The proximal operator acts at once, the gradient over 1 / (1 − μ) updates:
+    where R curves downwards by c (s/κ for `MCP`), they cycle unless η < (1 − μ)² / c, and so they
+    may for other nonconvex penalties and sets. Take no momentum for those, or `fista`.
 
     Args:
         learning_rate: η, a scalar or a schedule from the number of updates made so far to one.
@@ -259,13 +259,14 @@ def proximal_adam(
        w \leftarrow \arg\min_z R(z) + \sum_i \frac{(z_i - (w_i - \eta_i \hat m_i))^2}{2\eta_i} $$
 
     For a convex R the fixed points are those of loss + R, with exact zeros; `apply_prox` after
-    `optax.adam` has others, since it shrinks all entries alike. Where R is flat far from 0 (`L0`,
-    `MCP`, `SCAD`, `CappedL1`), a gradient without noise vanishes at the solution, v̂ after it, and
-    the step grows to η / ε, for which the operator moves every entry. There give an ε for which
-    `penalty.prox(w, η / ε)` leaves the weights w that are to be kept as they are, or use
-    `apply_prox`. A penalty of groups needs one step for each group:
-    there v̂ is the mean over the group, for the direction as well. An entry that has never had a
-    gradient has the step η / ε, which a penalty sets to zero at once.
+    `optax.adam` has others, since it shrinks all entries alike. A penalty of groups needs one step
+    for each group: there v̂ is the mean over the group, for the direction as well. An entry that has
+    never had a gradient has the step η / ε, which a penalty sets to zero at once.
+
+    Where R is flat far from 0 (`L0`, `MCP`, `SCAD`, `CappedL1`), a gradient without noise vanishes
+    at the solution, v̂ after it, and the step grows to η / ε, for which the operator moves every
+    entry. There give an ε for which `penalty.prox(w, η / ε)` leaves the weights w that are to be
+    kept as they are, or use `apply_prox`.
 
     Args:
         learning_rate: η, a scalar or a schedule from the number of updates made so far to one.

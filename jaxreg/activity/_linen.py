@@ -173,6 +173,7 @@ def _watched(run: Pass, module: nn.Module, keeps: bool) -> Iterator[None]:
     """
     watched: Any = vars(module).get("sow")
     around = getattr(watched, "_jaxreg_run", None)
+    # A field of the user's stays as it is: the model reads it.
     is_field = not callable(module.sow) or (watched is not None and around is None)
     if is_field or around is run:
         yield
